@@ -1,0 +1,23 @@
+"""Backends: `reference` (the law), `jit` (Numba), `native` (C). One module a backend, its class named alike."""
+
+from __future__ import annotations
+
+import importlib
+
+from halfbyte.formats.errors import UsageError
+from halfbyte.runtime.backends.backend import Backend
+
+# In order of preference: the first that is available on this machine is the default.
+BACKENDS = {"native": "Native", "jit": "Jit", "reference": "Reference"}
+
+
+def backend_class(name: str | None = None) -> type[Backend]:
+    """The backend of that name, or the best available one. Raises UsageError for an unknown name."""
+    if name is None:
+        from halfbyte.runtime.backends.native import library_path
+
+        name = "native" if library_path() else "jit"
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    module = importlib.import_module(f"halfbyte.runtime.backends.{name}")
+    return getattr(module, BACKENDS[name])

@@ -1,0 +1,110 @@
+"""Typed metadata: key -> bool, int, float, str, bytes or a list of int, float or str.
+
+Layout (SPEC.md section 4): each entry is `u16 type, u16 key_length, u32 value_length`, the key in
+UTF-8, the value, zero padding to 8 bytes. Entries are sorted by key and keys are unique.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from .errors import FormatError
+
+Value = bool | int | float | str | bytes | list[int] | list[float] | list[str]
+
+TYPES = {"bool": 1, "int": 2, "float": 3, "str": 4, "bytes": 5, "ints": 6, "floats": 7, "strs": 8}
+_NAMES = {v: k for k, v in TYPES.items()}
+_HEAD = struct.Struct("<HHI")
+
+
+def _encode(value: Value) -> tuple[str, bytes]:
+    if isinstance(value, bool):
+        return "bool", bytes([value])
+    if isinstance(value, int):
+        return "int", struct.pack("<q", value)
+    if isinstance(value, float):
+        return "float", struct.pack("<d", value)
+    if isinstance(value, str):
+        return "str", value.encode()
+    if isinstance(value, bytes):
+        return "bytes", value
+    if all(isinstance(v, int) for v in value):
+        return "ints", struct.pack(f"<{len(value)}q", *value)
+    if all(isinstance(v, str) for v in value):
+        items = [str(v).encode() for v in value]
+        return "strs", b"".join(struct.pack("<I", len(i)) + i for i in items)
+    return "floats", struct.pack(f"<{len(value)}d", *value)
+
+
+def encode(metadata: dict[str, Value]) -> bytes:
+    """The bytes of a META section."""
+    out = bytearray()
+    for key in sorted(metadata):
+        kind, value = _encode(metadata[key])
+        name = key.encode()
+        out += _HEAD.pack(TYPES[kind], len(name), len(value)) + name + value
+        out += bytes(-len(out) % 8)
+    return bytes(out)
+
+
+def _strings(value: bytes) -> list[str]:
+    out, at = [], 0
+    while at < len(value):
+        if at + 4 > len(value):
+            raise ValueError("a string is cut off")
+        (n,) = struct.unpack_from("<I", value, at)
+        if n > len(value) - at - 4:
+            raise ValueError("a string is cut off")
+        out.append(value[at + 4 : at + 4 + n].decode())
+        at += 4 + n
+    return out
+
+
+def _decode(kind: str, value: bytes) -> Value:
+    if kind == "bool":
+        if value not in (b"\0", b"\1"):
+            raise ValueError("not a bool")
+        return value == b"\1"
+    if kind == "int":
+        return struct.unpack("<q", value)[0]
+    if kind == "float":
+        return struct.unpack("<d", value)[0]
+    if kind == "str":
+        return value.decode()
+    if kind == "bytes":
+        return value
+    if kind == "strs":
+        return _strings(value)
+    if len(value) % 8:
+        raise ValueError("length is not a multiple of 8")
+    return list(struct.unpack(f"<{len(value) // 8}{'q' if kind == 'ints' else 'd'}", value))
+
+
+def decode(data: bytes) -> dict[str, Value]:
+    """The inverse of `encode`. Raises FormatError for anything but the one canonical encoding."""
+    out: dict[str, Value] = {}
+    at, last = 0, ""
+    while at < len(data):
+        if len(data) - at < _HEAD.size:
+            raise FormatError("metadata is cut off")
+        code, key_length, length = _HEAD.unpack_from(data, at)
+        at += _HEAD.size
+        if code not in _NAMES:
+            raise FormatError(f"metadata has an unknown type {code}")
+        if key_length + length > len(data) - at:
+            raise FormatError("metadata is cut off")
+        try:
+            key = data[at : at + key_length].decode()
+            value = _decode(_NAMES[code], data[at + key_length : at + key_length + length])
+        except (ValueError, struct.error) as error:
+            raise FormatError(f"metadata is damaged: {error}") from None
+        at += key_length + length
+        padding = -at % 8
+        if any(data[at : at + padding]) or len(data) - at < padding:
+            raise FormatError("metadata has nonzero padding")
+        at += padding
+        if not key or key <= last:
+            raise FormatError(f"metadata keys are not sorted and unique at {key!r}")
+        out[key] = value
+        last = key
+    return out
