@@ -1,0 +1,128 @@
+"""The converter: a trained checkpoint in, one verified `.hb` file out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.formats.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from halfbyte.converter.checkpoints.checkpoint import Checkpoint
+    from halfbyte.formats.metadata import Value
+
+__all__ = ["convert"]
+
+# progress(stage or tensor name, weights done, weights in all)
+Progress = Callable[[str, int, int], None]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    context: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert a checkpoint and return the path of the file written.
+
+    source: a Hugging Face folder, a `.gguf` or a llama2.c `.bin`. recipe: see `converter.recipe`;
+    by default codes that arrive quantised are kept and float checkpoints become q4. tokenizer: a file
+    to use instead of the one found beside the weights. context: the number of positions to allow,
+    at most what the model was made for. The file is written aside and renamed when complete.
+
+    Raises CheckpointError, TokenizerError or UsageError, each in one line.
+    """
+    from halfbyte.converter import models
+    from halfbyte.converter.assemble import assemble
+    from halfbyte.converter.builder import Builder
+    from halfbyte.converter.checkpoints import open_checkpoint
+    from halfbyte.converter.recipe import recipe as recipe_named
+
+    out = Path(out)
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; give the name of a file, such as {out / 'model.hb'}")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out.parent} does not exist; create it first")
+    with open_checkpoint(source, tokenizer=tokenizer) as checkpoint:
+        if recipe is None:
+            floats = {"f32", "f16", "bf16", "f64"}
+            recipe = "keep" if any(checkpoint.dtype(n) not in floats for n in checkpoint.names()) else "q4"
+        b = Builder(checkpoint, recipe_named(recipe), context)
+        models.build(b)
+        _check_all_used(checkpoint, b)
+        json, meta = _text(checkpoint, b.vocab)
+        total = sum(t.shape[0] * t.shape[1] for t in b.tensors if len(t.shape) == 2)
+        parameters = total + sum(t.shape[0] for t in b.tensors if len(t.shape) == 1)
+        meta |= _facts(checkpoint, b, Path(source), recipe, parameters)
+        done = 0
+
+        def report(name: str, weights: int) -> None:
+            nonlocal done
+            done += weights
+            if progress:
+                progress(name, done, total)
+
+        assemble(b, out, meta, json, checkpoint.chat_template or "", report)
+    return out
+
+
+def _text(checkpoint: Checkpoint, vocab: int) -> tuple[bytes, dict[str, Value]]:
+    """The tokenizer as JSON (empty when the checkpoint has none) and the metadata that goes with it."""
+    generation = checkpoint.generation
+    bos, eos, add_bos = (
+        generation.get("bos_token_id"),
+        list(generation.get("eos_token_id") or []),
+        generation.get("add_bos"),
+    )
+    json = b""
+    if checkpoint.tokenizer_source is not None:
+        from halfbyte.converter.tokenizer_import import import_tokenizer
+
+        imported = import_tokenizer(checkpoint.tokenizer_source, vocab)
+        json = imported.json
+        bos = imported.bos_id if bos is None else bos
+        eos = eos or list(imported.eos_ids)
+        add_bos = imported.add_bos if add_bos is None else add_bos
+    for what, ids in (("bos", [] if bos is None else [bos]), ("eos", eos)):
+        for i in ids:
+            if i >= vocab:
+                raise CheckpointError(f"{what} token {i} lies outside the vocabulary of {vocab}")
+    meta: dict[str, Value] = {"tokenizer.add_bos": bool(add_bos), "tokenizer.eos_ids": eos}
+    if bos is not None:
+        meta["tokenizer.bos_id"] = bos
+    return json, meta
+
+
+def _facts(checkpoint: Checkpoint, b: Any, source: Path, recipe: str, parameters: int) -> dict[str, Value]:
+    from halfbyte import __version__
+
+    return {
+        "general.name": str(checkpoint.config.get("_name_or_path") or source.resolve().stem),
+        "general.model_type": str(checkpoint.config.get("model_type")),
+        "general.source_format": checkpoint.format,
+        "general.source_digest": checkpoint.digest(),
+        "general.tool_version": __version__,
+        "general.recipe": recipe,
+        "general.parameters": parameters,
+        "model.vocab_size": b.vocab,
+        "model.context_length": b.context_limit,
+        "model.layers": b.layers,
+        "model.hidden_size": b.hidden,
+    }
+
+
+def _check_all_used(checkpoint: Checkpoint, b: Any) -> None:
+    """A tensor that nothing reads means that the model is not what its config says: refuse to drop it."""
+    harmless = ("rotary_emb.inv_freq", "masked_bias", ".attn.bias")
+    tied = {"lm_head.weight"} if checkpoint.config.get("tie_word_embeddings") else set()
+    unused = [n for n in checkpoint.names() if n not in b.used and n not in tied and not n.endswith(harmless)]
+    if unused:
+        raise CheckpointError(
+            f"tensor {unused[0]} is not part of a {checkpoint.config.get('model_type')} model"
+            + (f" (and {len(unused) - 1} more)" if len(unused) > 1 else "")
+        )

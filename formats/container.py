@@ -178,12 +178,16 @@ class File:
         self.tensors = self._read_tensors()
         vocab = self.metadata.get("model.vocab_size")
         context = self.metadata.get("model.context_length")
-        if not isinstance(vocab, int) or not isinstance(context, int) or not 0 < context < 1 << 31:
-            raise _bad("metadata lacks model.vocab_size or model.context_length")
+        for key, value in (("model.vocab_size", vocab), ("model.context_length", context)):
+            if type(value) is not int or not 0 < value < 1 << 31:
+                raise _bad(f"metadata lacks {key}, or it is not an int from 1 to 2^31 - 1")
+        assert isinstance(vocab, int)
         program.verify(self.program, self.slots, self.caches, [t.program_shape for t in self.tensors], vocab)
 
     def _read_section(self, s: np.void, end: int) -> int:
-        kind = bytes(s["kind"]).decode("ascii", "replace")
+        kind = bytes(s["kind"]).decode("ascii", "backslashreplace")
+        if not kind.isprintable():
+            raise _bad(f"section {kind!r}: its kind is not printable ASCII")
         offset, length = int(s["offset"]), int(s["length"])
         if kind not in SECTIONS and int(s["flags"]) & MUST_UNDERSTAND:
             raise _bad(f"section {kind!r} must be understood and is not; upgrade halfbyte")
@@ -224,8 +228,9 @@ class File:
             raise _bad(f"{count} tensors do not fit the tensor table")
         base, size, _ = self.sections["DATA"]
         out, end, seen = [], 0, set()
+        names = data[names_at:]
         for i, r in enumerate(np.frombuffer(data, TENSOR_DTYPE, count, TABLE_HEAD)):
-            t = self._read_tensor(i, r, data[names_at:], base)
+            t = self._read_tensor(i, r, names, base)
             if t.offset != base + tiles.align(end):
                 raise _bad(f"tensor {t.name}: offset leaves a hole or overlaps")
             end = t.offset - base + t.nbytes
@@ -247,6 +252,8 @@ class File:
             name = names[at : at + n].decode()
         except UnicodeDecodeError:
             raise _bad(f"tensor {i}: its name is not UTF-8") from None
+        if not name.isprintable():  # names are shown on terminals, and errors are one line
+            raise _bad(f"tensor {i}: its name {name!r} is not printable")
         e = BY_CODE.get(int(r["encoding"]))
         if e is None:
             raise _bad(f"tensor {name}: unknown encoding {int(r['encoding'])}; a newer halfbyte may know it")
@@ -259,7 +266,11 @@ class File:
         scale = BY_CODE.get(int(r["scale_type"]))
         scale_type = scale.name if scale else ""
         if e.scale == "*":
-            ok = scale_type in FLOAT_BYTES and group_is_valid(group)
+            ok = (
+                scale_type in FLOAT_BYTES
+                and group_is_valid(group)
+                and group <= tiles.align(shape[-1], tiles.COLUMN_PAD)
+            )
         else:
             ok = group == (e.group or 0) and scale_type == ("f16" if e.scale == "f16" else "")
         if not ok or (scale is None and int(r["scale_type"])):
@@ -315,9 +326,9 @@ class File:
         if sha256(*(t.digest for t in self.tensors)) != digest:
             raise FormatError(f"{self.path}: the data digest does not match the tensor table")
         covered = 64 + 64 * len(self.sections)
-        spans = sorted((o, n) for k, (o, n, _) in self.sections.items() if k != "DATA")
+        spans = [(o, n) for k, (o, n, _) in self.sections.items() if k != "DATA"]
         spans += [(t.offset, t.nbytes) for t in self.tensors] + [(base + size, 0)]
-        for offset, length in spans:
+        for offset, length in sorted(spans):
             if self.bytes[covered:offset].any():
                 raise FormatError(f"{self.path}: padding before byte {offset} is not zero")
             covered = offset + length

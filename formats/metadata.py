@@ -37,12 +37,15 @@ def _encode(value: Value) -> tuple[str, bytes]:
 
 
 def encode(metadata: dict[str, Value]) -> bytes:
-    """The bytes of a META section."""
+    """The bytes of a META section. Raises FormatError for a value that no type can hold."""
     out = bytearray()
     for key in sorted(metadata):
-        kind, value = _encode(metadata[key])
-        name = key.encode()
-        out += _HEAD.pack(TYPES[kind], len(name), len(value)) + name + value
+        try:
+            kind, value = _encode(metadata[key])
+            name = key.encode()
+            out += _HEAD.pack(TYPES[kind], len(name), len(value)) + name + value
+        except (ValueError, TypeError, struct.error) as error:
+            raise FormatError(f"metadata {key!r} cannot be stored: {error}") from None
         out += bytes(-len(out) % 8)
     return bytes(out)
 
@@ -95,7 +98,10 @@ def decode(data: bytes) -> dict[str, Value]:
             raise FormatError("metadata is cut off")
         try:
             key = data[at : at + key_length].decode()
-            value = _decode(_NAMES[code], data[at + key_length : at + key_length + length])
+            stored = data[at + key_length : at + key_length + length]
+            value = _decode(_NAMES[code], stored)
+            if value == [] and _NAMES[code] != "ints":
+                raise ValueError("an empty list is stored as ints")
         except (ValueError, struct.error) as error:
             raise FormatError(f"metadata is damaged: {error}") from None
         at += key_length + length

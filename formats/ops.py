@@ -21,6 +21,7 @@ FUNCTIONS: dict[str, int] = {
     "tanh": 8,
 }
 FUNCTION_NAMES = {v: k for k, v in FUNCTIONS.items()}
+PARAMETRIC = ("scale", "softcap")  # functions of p: UNARY only
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ values of a session) and tensors. It has no jumps: it ends. Normative with SPEC.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .errors import FormatError
-from .ops import BY_CODE, BY_NAME, FUNCTION_NAMES, Op
+from .ops import BY_CODE, BY_NAME, FUNCTION_NAMES, PARAMETRIC, Op
 from .tiles import P16, ROWS
 
 NONE = 0xFFFFFFFF  # an operand that is absent
@@ -24,6 +25,9 @@ ROW_NAMES = {TOKENS: "T", PICKS: "r"}
 MAX_WIDTH = 1 << 22
 MAX_HEAD_DIM = 1 << 12
 MAX_RECORDS = 1 << 16
+MAX_SLOTS = 1 << 16
+MAX_CACHES = 1 << 12
+MAX_COLUMNS = 1 << 24  # of all base slots together: 64 MiB a row
 
 OP_DTYPE = np.dtype(
     [("code", "<u2"), ("layer", "<u2"), ("flags", "<u4"), ("out", "<u4", 2), ("in", "<u4", 4), ("w", "<u4", 4),
@@ -93,11 +97,17 @@ class _Check:
 
 
 class _Slots:
-    """Widths, row kinds and the columns written so far of every slot."""
+    """Widths, row kinds and the columns written so far of every slot.
+
+    `written` holds, for each base, the starts and ends of disjoint, sorted, non-adjacent intervals.
+    """
 
     def __init__(self, slots: np.ndarray):
         self.table = slots
-        self.written: dict[int, np.ndarray] = {}
+        self.written: dict[int, tuple[list[int], list[int]]] = {}
+        total = 0
+        if len(slots) > MAX_SLOTS:
+            raise FormatError(f"{len(slots)} slots are more than {MAX_SLOTS}")
         for i, s in enumerate(slots):
             width, base, offset = int(s["width"]), int(s["base"]), int(s["offset"])
             if not 0 < width <= MAX_WIDTH:
@@ -107,7 +117,10 @@ class _Slots:
             if base == i:
                 if offset:
                     raise FormatError(f"slot {i}: a base slot has offset {offset}")
-                self.written[i] = np.zeros(width, bool)
+                self.written[i] = ([], [])
+                total += width
+                if total > MAX_COLUMNS:
+                    raise FormatError(f"slot {i}: the slots together are wider than {MAX_COLUMNS} columns")
             elif base >= len(slots) or int(slots[base]["base"]) != base:
                 raise FormatError(f"slot {i}: base {base} is not a base slot")
             elif s["rows"] != slots[base]["rows"] or offset + width > int(slots[base]["width"]):
@@ -125,11 +138,17 @@ class _Slots:
 
     def is_written(self, i: int) -> bool:
         base, a, b = self.span(i)
-        return bool(self.written[base][a:b].all())
+        starts, ends = self.written[base]
+        j = bisect_right(starts, a) - 1
+        return j >= 0 and ends[j] >= b
 
     def write(self, i: int) -> None:
         base, a, b = self.span(i)
-        self.written[base][a:b] = True
+        starts, ends = self.written[base]
+        lo, hi = bisect_left(ends, a), bisect_right(starts, b)
+        if lo < hi:
+            a, b = min(a, starts[lo]), max(b, ends[hi - 1])
+        starts[lo:hi], ends[lo:hi] = [a], [b]
 
     def overlap(self, i: int, j: int) -> bool:
         (bi, ai, ei), (bj, aj, ej) = self.span(i), self.span(j)
@@ -151,6 +170,8 @@ def verify(
     """
     if not 0 < len(records) <= MAX_RECORDS:
         raise FormatError(f"a program of {len(records)} records is out of range")
+    if len(caches) > MAX_CACHES:
+        raise FormatError(f"{len(caches)} caches are more than {MAX_CACHES}")
     for i, c in enumerate(caches):
         for field in ("kv_heads", "k_dim", "v_dim"):
             if not 0 < int(c[field]) <= MAX_HEAD_DIM:
@@ -180,9 +201,8 @@ def verify(
             for o in outs:
                 if state.overlap(i, o) and not (op.in_place and state.span(i) == state.span(o)):
                     raise check.fail(f"slot {o} overlaps its input {i}")
-        _check_shapes(
-            check, state, caches, outs, ins, [None if w == NONE else tensors[w] for w in ws], attrs, filled
-        )
+        shapes = [None if w == NONE else tensors[w] for w in ws]
+        _check_shapes(check, state, caches, outs, ins, shapes, attrs, filled, vocab_size)
         for o in outs:
             state.write(o)
     last = records[-1]
@@ -204,6 +224,7 @@ def _check_shapes(
     ws: list[TensorShape | None],
     attrs: dict[str, float | int],
     filled: set[int],
+    vocab_size: int,
 ) -> None:
     """The shape law of each op."""
     name = check.op.name
@@ -236,6 +257,8 @@ def _check_shapes(
 
     if name == "embed":
         matrix(ws[0], None, out)
+        assert ws[0] is not None
+        need(ws[0].shape[0] >= vocab_size, f"{ws[0].name} has fewer rows than the {vocab_size} ids")
     elif name in ("pick", "add", "mul", "unary", "rmsnorm", "layernorm", "rope"):
         need(all(w == out for w in width), "widths differ")
     if name in ("rmsnorm", "layernorm"):
@@ -254,6 +277,8 @@ def _check_shapes(
         )
     elif name == "glu":
         need(width[0] == 2 * out, f"input width {width[0]} is not twice {out}")
+        function = FUNCTION_NAMES[int(attrs["function"])]
+        need(function not in PARAMETRIC, f"function {function} takes a parameter, and glu has none")
     elif name == "rope":
         head, t = int(attrs["head_dim"]), ws[0]
         assert t is not None

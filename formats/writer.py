@@ -41,7 +41,9 @@ class TensorSpec:
         if e.is_float:
             return TensorSpec(self.name, self.encoding, self.shape)
         if e.scale == "*":
-            return self
+            padded = tiles.align(self.shape[1], tiles.COLUMN_PAD)
+            group = self.group if self.group <= padded else 0  # one group either way
+            return TensorSpec(self.name, self.encoding, self.shape, group, self.scale_type)
         return TensorSpec(
             self.name, self.encoding, self.shape, e.group or 0, "f16" if e.scale == "f16" else ""
         )
@@ -79,6 +81,7 @@ class Writer:
         for kind in ("TOKN", "TMPL"):
             if not self._blobs[kind]:
                 del self._blobs[kind]
+        self._fd = -1
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -112,6 +115,9 @@ class Writer:
         except OSError as error:
             self._abandon()
             raise HalfbyteError(f"{self.path}: cannot write {self.length} bytes: {error.strerror}") from None
+        except BaseException:  # an interrupt while the disk space is reserved
+            self._abandon()
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -120,14 +126,18 @@ class Writer:
             return
         try:
             self._finish()
+        except OSError as failure:
+            self._abandon()
+            raise HalfbyteError(f"{self.path}: cannot write: {failure.strerror}") from None
         except BaseException:
             self._abandon()
             raise
 
     def _abandon(self) -> None:
-        if hasattr(self, "_fd"):
+        if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
+            self._fd = -1
         with contextlib.suppress(OSError):
             self.partial.unlink()
 
@@ -197,5 +207,6 @@ class Writer:
         header["digest"] = np.void(container.sha256(header.tobytes()[:32], table.tobytes()))
         self._pwrite(header.tobytes() + table.tobytes(), 0)
         os.fsync(self._fd)
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        os.close(fd)
         os.replace(self.partial, self.path)

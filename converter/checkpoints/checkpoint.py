@@ -1,0 +1,177 @@
+"""What every source checkpoint looks like to the converter, whatever file it came from.
+
+A reader translates its format into the terms of a Hugging Face folder: the keys of `config.json`, the
+tensor names of `model.safetensors`, rows ordered for half-split rope. Integer codes that arrive
+quantised are handed over as `Packed`, untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfbyte.formats.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix that arrived quantised, `w[row, col]` with its integer codes kept exactly.
+
+    encoding  name of the formula: q8, i8, i4, a8, a4, z8, z4
+    group     columns that share a scale; 0 is the whole row; the last group of a row may be short
+    codes     [rows, cols] int8 (q8, i8) or uint8 (all others; 4-bit codes are one to a byte here)
+    scales    [rows, ceil(cols / group)] float16 or float32
+    mins      like scales, for a8 and a4
+    zeros     like scales in shape, uint8, for z8 and z4
+    """
+
+    encoding: str
+    group: int
+    codes: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray | None = None
+    zeros: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[rows, cols] of the matrix."""
+        return self.codes.shape
+
+    def dequantize(self) -> np.ndarray:
+        """The matrix as float32 [rows, cols]; each step rounds to float32 in the order written."""
+        scales = self._per_column(self.scales.astype(np.float32))
+        codes = self.codes.astype(np.float32)
+        if self.encoding in ("q8", "i8"):
+            return scales * codes
+        if self.encoding == "i4":
+            return scales * (codes - np.float32(8))
+        if self.encoding in ("a8", "a4") and self.mins is not None:
+            return scales * codes + self._per_column(self.mins.astype(np.float32))
+        if self.encoding in ("z8", "z4") and self.zeros is not None:
+            return scales * (codes - self._per_column(self.zeros.astype(np.float32)))
+        raise CheckpointError(f"cannot dequantise encoding {self.encoding!r}: it is unknown or incomplete")
+
+    def take(self, rows: np.ndarray) -> Packed:
+        """The rows with these indices, in this order; codes and parameters stay exact."""
+        mins = None if self.mins is None else self.mins[rows]
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return Packed(self.encoding, self.group, self.codes[rows], self.scales[rows], mins, zeros)
+
+    def _per_column(self, values: np.ndarray) -> np.ndarray:
+        """Repeat per-group values [rows, groups] to [rows, cols]."""
+        cols = self.codes.shape[1]
+        return np.repeat(values, self.group or max(cols, 1), axis=1)[:, :cols]
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A tokenizer as it was found, still to be imported.
+
+    kind    'tokenizer.json' | 'sentencepiece' | 'llama2.c' | 'gguf'
+    data    the file's bytes; for gguf the `tokenizer.*` metadata: full key -> str, int, float, bool,
+            list[str] (token strings may hold any bytes: surrogateescape) or a NumPy array
+    config  content of tokenizer_config.json, or {}
+    added   content of added_tokens.json (text -> id), or {}
+    """
+
+    kind: str
+    data: bytes | dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+
+
+class Checkpoint(ABC):
+    """An open source checkpoint. Tensors are read on demand; only the one asked for is in memory.
+
+    format            'huggingface' | 'gguf' | 'llama2.c'
+    path              what was opened
+    config            in the terms of Hugging Face's config.json; always has model_type and
+                      tie_word_embeddings
+    generation        bos_token_id (int | None), eos_token_id (list[int]), add_bos (bool | None)
+    chat_template     Jinja source, or None
+    tokenizer_source  None when the checkpoint brings no tokenizer
+    ignored           source names of tensors that are known not to be part of the language model
+    """
+
+    format: str
+    path: Path
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    chat_template: str | None = None
+    tokenizer_source: TokenizerSource | None = None
+    ignored: tuple[str, ...] = ()
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Hugging Face names of the tensors held, each stored tensor once.
+
+        Where input and output embedding are one tensor it is listed as model.embed_tokens.weight;
+        `lm_head.weight` is then still accepted by `in`, `shape`, `read` and `read_rows`.
+        """
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether `read(name)` works."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, [out, in] for a matrix. Raises CheckpointError for an unknown name."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> str:
+        """How the tensor is stored: 'f32', 'f16', 'bf16', 'f64', 'q8', 'i4' or 'i8'."""
+
+    @abstractmethod
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray | Packed:
+        """Rows start..stop (first axis), equal to `read(name)[start:stop]`, reading little else.
+
+        Float tensors come as float32, float16 or ml_dtypes.bfloat16, as stored (float64 becomes
+        float32). Raises CheckpointError for an unknown name, rows out of range or a failing read.
+        """
+
+    def read(self, name: str) -> np.ndarray | Packed:
+        """The whole tensor; see `read_rows`."""
+        shape = self.shape(name)
+        if not shape:
+            raise CheckpointError(f"tensor {name} is a scalar, which no model here uses")
+        return self.read_rows(name, 0, shape[0])
+
+    @abstractmethod
+    def sizes(self) -> list[tuple[str, int]]:
+        """(file name, bytes) of every file that holds tensors."""
+
+    def digest(self) -> str:
+        """sha256 (hex) over names, dtypes, shapes, config and file sizes: cheap, the data is not read."""
+        tensors = sorted((name, self.dtype(name), list(self.shape(name))) for name in self.names())
+        identity = [self.format, tensors, self.config, sorted(self.sizes())]
+        text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files. Arrays already read stay valid."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def check_rows(name: str, shape: tuple[int, ...], start: int, stop: int) -> None:
+    """Refuse a row range that the tensor does not have."""
+    if not shape or not 0 <= start <= stop <= shape[0]:
+        raise CheckpointError(f"tensor {name} of shape {list(shape)} has no rows {start}..{stop}")
+
+
+def token_ids(value: Any) -> list[int]:
+    """A token id, a list of them or None, as config files write it, as a list of ints."""
+    values: Iterable[Any] = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]

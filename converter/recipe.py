@@ -1,0 +1,58 @@
+"""Recipes: which encoding each matrix gets.
+
+`keep` stores codes that arrived quantised as they are and floats in their own type; the others name
+the encoding of every matrix, except that codes already at most as wide are kept rather than rounded
+a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halfbyte.formats.encodings import BY_NAME
+from halfbyte.formats.errors import UsageError
+
+RECIPES = {
+    "f32": "IEEE single precision",
+    "f16": "IEEE half precision",
+    "bf16": "bfloat16",
+    "q8": "int8, groups of 32: 8.5 bits",
+    "q4": "4-bit non-linear levels, groups of 32: 4.25 bits",
+    "keep": "codes and floats as they arrived",
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one matrix is stored. `packed` is True when its codes are copied rather than computed."""
+
+    encoding: str
+    group: int = 0
+    scale_type: str = ""
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named rule from a source dtype to a storage."""
+
+    name: str
+
+    def storage(self, dtype: str, group: int = 0, scale_type: str = "") -> Storage:
+        """Storage of a matrix held as `dtype` ('f32', 'bf16', 'q8', 'i4', ...; group and scale type if packed)."""
+        source = BY_NAME.get("f32" if dtype == "f64" else dtype)
+        assert source is not None, dtype
+        if source.is_float:
+            return Storage(source.name if self.name == "keep" else self.name)
+        kept = Storage(source.name, group, scale_type, packed=True)
+        if self.name == "keep":
+            return kept
+        target = BY_NAME[self.name]
+        return kept if not target.is_float and source.bits <= target.bits else Storage(self.name)
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises UsageError for an unknown one."""
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
+    return Recipe(name)

@@ -1,0 +1,165 @@
+"""A loaded model: immutable, shareable between threads, the owner of one bound backend."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from halfbyte.formats.container import File
+from halfbyte.formats.encodings import BY_NAME
+from halfbyte.formats.errors import TokenizerError, UsageError
+from halfbyte.formats.tiles import P16
+from halfbyte.runtime.backends import backend_class
+from halfbyte.runtime.backends.backend import POLICIES, Step
+from halfbyte.runtime.kv import KV, MODES
+
+if TYPE_CHECKING:
+    from halfbyte.runtime.session import Session
+    from halfbyte.runtime.tokenizer import Tokenizer
+
+CHUNK = 256  # rows of a prompt executed at once; results do not depend on it
+
+
+def load(
+    path: str | os.PathLike[str],
+    backend: str | None = None,
+    threads: int | None = None,
+    kv: str = "auto",
+    policy: str | None = None,
+    verify: bool = False,
+) -> Model:
+    """Open a `.hb` file and bind it.
+
+    backend: 'native', 'jit' or 'reference' (default: the best available). threads: default all CPUs
+    this process may use. kv: 'f32', 'f16' or 'auto' (f32 for models stored in f32, else f16). policy:
+    'f32' or 'i8g32' (default), see SPEC.md section 10. verify: check every byte first.
+
+    Raises FormatError for a damaged file, UsageError for an impossible request.
+    """
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UsageError(f"threads must be between 1 and 1024, not {threads}")
+    file = File(path)
+    if verify:
+        file.verify()
+    return Model(file, backend, threads, kv, policy)
+
+
+class Model:
+    """A file bound to a backend. Use `session()` for a timeline or `generate()` for text."""
+
+    def __init__(
+        self,
+        file: File,
+        backend: str | None = None,
+        threads: int | None = None,
+        kv: str = "auto",
+        policy: str | None = None,
+    ):
+        self.file = file
+        self.policy = policy or "i8g32"
+        if self.policy not in POLICIES:
+            raise UsageError(f"unknown arithmetic policy {policy!r}; there are {', '.join(POLICIES)}")
+        if kv not in ("auto", *MODES):
+            raise UsageError(f"unknown kv mode {kv!r}; this version has auto, {', '.join(MODES)}")
+        stored = {t.encoding for t in file.tensors if t.tile == P16}
+        self.kv_mode = kv if kv != "auto" else "f32" if stored == {"f32"} else "f16"
+        self.vocab_size = int(file.metadata["model.vocab_size"])  # type: ignore[arg-type]
+        self.context_length = int(file.metadata["model.context_length"])  # type: ignore[arg-type]
+        self._lock = threading.Lock()
+        self.backend = backend_class(backend)(file, self.policy, threads)
+
+    def run(self, step: Step) -> np.ndarray:
+        """Execute one step; float32[r, vocab]. Steps of concurrent sessions take turns."""
+        if len(step.ids) and not (int(step.ids.min()) >= 0 and int(step.ids.max()) < self.vocab_size):
+            raise UsageError(f"token ids must lie in 0..{self.vocab_size - 1}")
+        with self._lock:
+            return self.backend.run(step)
+
+    def session(self) -> Session:
+        """A fresh, empty timeline."""
+        from halfbyte.runtime.session import Session
+
+        return Session(self)
+
+    def new_kv(self) -> KV:
+        """Empty caches in this model's mode."""
+        return KV(self.file.caches, self.kv_mode)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer. Raises TokenizerError when it has none."""
+        from halfbyte.runtime.tokenizer import Tokenizer
+
+        json = self.file.section("TOKN")
+        if not json:
+            raise TokenizerError(
+                f"{self.file.path} has no tokenizer: give token ids, or convert with --tokenizer FILE"
+            )
+        meta = self.file.metadata
+        bos: Any = meta.get("tokenizer.bos_id")
+        eos: Any = meta.get("tokenizer.eos_ids", [])
+        tokenizer = Tokenizer(json, bos, list(eos), bool(meta.get("tokenizer.add_bos", False)))
+        if tokenizer.vocab_size > self.vocab_size:
+            raise TokenizerError(
+                f"{self.file.path}: the tokenizer has {tokenizer.vocab_size} tokens but the model {self.vocab_size}"
+            )
+        return tokenizer
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The Jinja source, or ''."""
+        return self.file.section("TMPL").decode()
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Token ids that end an answer."""
+        return list(self.file.metadata.get("tokenizer.eos_ids", []))  # type: ignore[arg-type]
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Pieces of text as they are produced; see `runtime.generate.generate` for the options."""
+        from halfbyte.runtime.generate import generate
+
+        return generate(self, prompt, **options)
+
+    def facts(self) -> dict[str, Any]:
+        """What `info` and `bench` report: sizes, encodings and bits per weight."""
+        meta = dict(self.file.metadata)
+        return {**meta, **weight_facts(self.file)}
+
+
+def weight_facts(file: File) -> dict[str, Any]:
+    """Bytes and bits per weight by encoding, over the matrices; and the bytes a decoded token reads."""
+    encodings: dict[str, dict[str, float]] = {}
+    weights = nbytes = read = 0
+    embedded = {int(r["w"][0]) for r in file.program if int(r["code"]) == 1}
+    multiplied = {int(r["w"][0]) for r in file.program if int(r["code"]) == 5}
+    for i, t in enumerate(file.tensors):
+        if i in multiplied or (t.tile != P16):
+            read += t.nbytes
+        if t.tile != P16:
+            continue
+        rows, cols = t.shape
+        row = encodings.setdefault(t.encoding, {"tensors": 0, "weights": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["weights"] += rows * cols
+        row["bytes"] += t.nbytes
+        weights += rows * cols
+        nbytes += t.nbytes
+        if i in embedded and i not in multiplied:
+            read += t.nbytes // rows
+    for row in encodings.values():
+        row["bits_per_weight"] = 8 * row["bytes"] / row["weights"]
+    return {
+        "file_bytes": len(file.bytes),
+        "matrix_weights": weights,
+        "bits_per_weight": 8 * nbytes / weights if weights else 0.0,
+        "weight_bytes_per_token": read,
+        "encodings": encodings,
+        "code_encodings": sorted(e for e in encodings if not BY_NAME[e].is_float),
+        "digest": file.digest.hex(),
+    }

@@ -1,0 +1,144 @@
+"""A session: one timeline of token ids with its keys and values."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from halfbyte.formats.container import sha256
+from halfbyte.formats.errors import HalfbyteError, UsageError
+from halfbyte.runtime.backends.backend import Step
+from halfbyte.runtime.kv import MODES
+from halfbyte.runtime.model import CHUNK, Model
+
+_MAGIC = b"\x89hbs\r\n\x1a\n"
+_HEAD = struct.Struct("<8s32s4sIQ")  # magic, model digest, kv mode, format version, position
+_VERSION = 1
+
+
+class Session:
+    """Feed token ids, get logits; go back, branch, save.
+
+    Sessions of one model may be used from different threads; one session from one thread at a time.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.kv = model.new_kv()
+        self.ids: list[int] = []
+
+    @property
+    def position(self) -> int:
+        """Tokens fed so far; the next one takes this position."""
+        return len(self.ids)
+
+    def feed(self, token_ids: Sequence[int], *, chunk: int = CHUNK) -> np.ndarray:
+        """Append tokens; float32[vocab] logits after the last one. Results do not depend on `chunk`.
+
+        Raises UsageError for no tokens, ids out of range, or more than the context holds; the session
+        is then unchanged.
+        """
+        return self._run(token_ids, chunk, every=False)[-1]
+
+    def feed_all(self, token_ids: Sequence[int], *, chunk: int = CHUNK) -> np.ndarray:
+        """Like `feed`, but float32[len(token_ids), vocab]: the logits after each token."""
+        return self._run(token_ids, chunk, every=True)
+
+    def _run(self, token_ids: Sequence[int], chunk: int, every: bool) -> np.ndarray:
+        ids = [int(i) for i in token_ids]
+        if not ids:
+            raise UsageError("feed needs at least one token id")
+        if chunk < 1:
+            raise UsageError(f"chunk must be at least 1, not {chunk}")
+        if self.position + len(ids) > self.model.context_length:
+            raise UsageError(
+                f"{self.position + len(ids)} tokens do not fit the model's context of {self.model.context_length}"
+            )
+        if not all(0 <= i < self.model.vocab_size for i in ids):
+            raise UsageError(f"token ids must lie in 0..{self.model.vocab_size - 1}")
+        start, out = self.position, []
+        self.kv.reserve(start + len(ids))
+        for at in range(0, len(ids), chunk):
+            part = np.asarray(ids[at : at + chunk], np.int32)
+            rows = len(part)
+            last = at + rows == len(ids)
+            picks = (
+                np.arange(rows, dtype=np.int32) if every else np.array([rows - 1] if last else [], np.int32)
+            )
+            positions = np.arange(start + at, start + at + rows, dtype=np.int32)
+            step = Step(part, positions, np.zeros(rows, np.int32), picks, [self.kv])
+            out.append(self.model.run(step))
+        self.ids += ids
+        return np.concatenate(out)
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n tokens. Raises UsageError when there are fewer."""
+        if not 0 <= n <= self.position:
+            raise UsageError(f"cannot rewind {n} tokens: {self.position} were fed")
+        del self.ids[self.position - n :]
+
+    def fork(self) -> Session:
+        """An independent copy that continues from here."""
+        other = Session.__new__(Session)
+        other.model, other.ids, other.kv = self.model, list(self.ids), self.kv.copy(self.position)
+        return other
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ids, keys and values to a file that only the same model can load.
+
+        Written aside and renamed. Raises HalfbyteError when it cannot be written.
+        """
+        path = Path(path)
+        body = io.BytesIO()
+        body.write(np.asarray(self.ids, "<i4").tobytes())
+        for a in (*self.kv.k, *self.kv.v):
+            body.write(np.ascontiguousarray(a[:, : self.position]).tobytes())
+        head = _HEAD.pack(_MAGIC, self.model.file.digest, self.kv.mode.encode(), _VERSION, self.position)
+        data = head + body.getvalue()
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            partial.write_bytes(data + sha256(data))
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise HalfbyteError(f"{path}: cannot write: {error.strerror}") from None
+
+    @classmethod
+    def load(cls, model: Model, path: str | os.PathLike[str]) -> Session:
+        """The session saved in a file. Raises HalfbyteError for damage or another model's session."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise HalfbyteError(f"{path}: {error.strerror}") from None
+        if len(data) < _HEAD.size + 32 or data[:8] != _MAGIC:
+            raise HalfbyteError(f"{path}: not a session file")
+        _, digest, mode, version, position = _HEAD.unpack_from(data)
+        kv_mode = mode.rstrip(b"\0").decode("ascii", "replace")
+        if version != _VERSION:
+            raise HalfbyteError(f"{path}: session version {version} is not readable by this halfbyte")
+        if sha256(data[:-32]) != data[-32:]:
+            raise HalfbyteError(f"{path}: the session is damaged (its digest does not match)")
+        if digest != model.file.digest:
+            raise HalfbyteError(f"{path}: the session belongs to another model file")
+        if kv_mode != model.kv_mode:
+            raise HalfbyteError(f"{path}: saved with kv {kv_mode}, the model was loaded with {model.kv_mode}")
+        session = cls(model)
+        session.kv.reserve(max(position, 1))
+        dtype, at = np.dtype(MODES[kv_mode]), _HEAD.size + 4 * position
+        expected = (
+            at
+            + sum(a.shape[0] * position * a.shape[2] for a in (*session.kv.k, *session.kv.v)) * dtype.itemsize
+        )
+        if position > model.context_length or len(data) != expected + 32:
+            raise HalfbyteError(f"{path}: the session does not fit the model")
+        session.ids = np.frombuffer(data, "<i4", position, _HEAD.size).tolist()
+        for a in (*session.kv.k, *session.kv.v):
+            n = a.shape[0] * position * a.shape[2]
+            a[:, :position] = np.frombuffer(data, dtype, n, at).reshape(a.shape[0], position, a.shape[2])
+            at += n * dtype.itemsize
+        return session
