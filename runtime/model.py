@@ -90,6 +90,11 @@ class Model:
         """Empty caches in this model's mode."""
         return KV(self.file.caches, self.kv_mode)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file carries a tokenizer."""
+        return "TOKN" in self.file.sections
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer. Raises TokenizerError when it has none."""

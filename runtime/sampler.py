@@ -17,7 +17,7 @@ import numpy as np
 
 from halfbyte.formats.errors import HalfbyteError, UsageError
 
-_FIRST_TRY = 512  # candidates that top-p sorts before it resorts to the whole vocabulary
+_FIRST_TRY = 512  # candidates that top-p sorts at first; eight times as many while they do not suffice
 
 
 @dataclass(frozen=True)
@@ -145,20 +145,23 @@ class Sampler:
 
     def _draw(self, values: np.ndarray) -> int:
         how = self.sampling
-        scaled = (values.astype(np.float64) - float(values.max())) / how.temperature
-        weights = np.exp(scaled)  # the most probable has weight 1
-        kept = np.arange(weights.size)
-        if 0 < how.top_k < weights.size:
-            kept = _highest(scaled, how.top_k)[: how.top_k]
+        top = float(values.max())
+        kept = None  # rising ids; None is the whole vocabulary
+        if 0 < how.top_k < values.size:
+            kept = np.sort(_highest(values, how.top_k)[: how.top_k])
+            values = values[kept]
+        weights = np.exp((values.astype(np.float64) - top) / how.temperature)  # the most probable has 1
         if how.top_p < 1.0:
-            kept = _nucleus(scaled, weights, kept, how.top_p)
+            inner = np.sort(_nucleus(values, weights, how.top_p))
+            kept, weights = inner if kept is None else kept[inner], weights[inner]
         if how.min_p > 0.0:
-            kept = kept[weights[kept] >= how.min_p]
-        kept = np.sort(kept)
-        cumulative = np.cumsum(weights[kept])
+            inner = np.flatnonzero(weights >= how.min_p)
+            kept, weights = inner if kept is None else kept[inner], weights[inner]
+        cumulative = np.cumsum(weights)
         uniform = (self._random.random_raw() >> 11) * 2.0**-53
         index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-        return int(kept[min(index, kept.size - 1)])
+        index = min(index, weights.size - 1)
+        return index if kept is None else int(kept[index])
 
 
 def logprobs(logits: np.ndarray, token: int, top_n: int) -> tuple[float, list[tuple[int, float]]]:
@@ -187,17 +190,16 @@ def _highest(values: np.ndarray, count: int) -> np.ndarray:
     return candidates[np.argsort(-values[candidates], kind="stable")]
 
 
-def _nucleus(scaled: np.ndarray, weights: np.ndarray, kept: np.ndarray, top_p: float) -> np.ndarray:
-    """The shortest prefix of `kept`, in falling probability, whose mass is top_p of theirs."""
-    kept = np.sort(kept)
-    values = scaled[kept]
-    target = top_p * float(np.cumsum(weights[kept])[-1])
-    for count in (_FIRST_TRY, kept.size):
-        ranked = kept[_highest(values, count)]
+def _nucleus(values: np.ndarray, weights: np.ndarray, top_p: float) -> np.ndarray:
+    """The shortest prefix, in falling probability, whose mass is top_p of the whole."""
+    target = top_p * float(np.cumsum(weights)[-1])
+    count = _FIRST_TRY
+    while True:
+        ranked = _highest(values, count)
         cumulative = np.cumsum(weights[ranked])
-        if cumulative[-1] >= target:
-            break
-    return ranked[: int(np.searchsorted(cumulative, target, side="left")) + 1]
+        if cumulative[-1] >= target or ranked.size == values.size:
+            return ranked[: int(np.searchsorted(cumulative, target, side="left")) + 1]
+        count *= 8
 
 
 def _checked(logits: np.ndarray) -> np.ndarray:

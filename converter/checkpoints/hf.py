@@ -199,7 +199,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
     config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config")
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, dict) else [config]
+    keys = ("quantization_config", "compression_config")
+    quantization = next((place[key] for place in places for key in keys if place.get(key)), None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         method = str(method or "quantised")[:40]

@@ -200,8 +200,9 @@ README = """\
 # The demo model
 
 A small story model that ships with halfbyte, so that `halfbyte demo` and the tests have trained weights at
-hand. {parameters:,} parameters: a Llama of {layers} layers, width {dim}, ffn {ffn}, {heads} heads and {kv_heads} kv heads
-of {head_dim}, tied head, byte-level BPE of {vocab} tokens, context {context}, bfloat16. Every width is a multiple of 32.
+hand. {parameters:,} parameters: a Llama of {layers} layers, width {dim}, ffn {ffn}, {heads} heads and
+{kv_heads} kv heads of {head_dim}, tied head, byte-level BPE of {vocab} tokens, context {context}, bfloat16.
+Every width is a multiple of 32.
 
 **What it is not.** It writes grammatical English in the manner of a story for small children and knows
 nothing else. It loses its plot, mixes up who is who, and holds no facts. It follows no instructions. It is
@@ -209,9 +210,9 @@ for showing and testing the runtime, and for nothing else.
 
 ## How it was made
 
-`converter/demo/train.py`, from scratch, on a CPU: {tokens:,} training tokens in {steps:,} steps of AdamW (about
-{epochs:.1f} passes; {minutes:.0f} minutes, {threads} thread(s)), seed {seed}. The schedule follows the clock: another run gives a
-model like this one, not the same weights.
+`converter/demo/train.py`, from scratch, on a CPU: {tokens:,} training tokens in {steps:,} steps of AdamW
+(about {epochs:.1f} passes; {minutes:.0f} minutes, {threads} thread(s)), seed {seed}. The schedule follows the
+clock: another run gives a model like this one, not the same weights.
 
 | training text | stories | characters |
 |---|---|---|
@@ -232,7 +233,7 @@ the checkpoint; the held-out samples chose it.
 {measured}
 
 {teachers} The last tenth of the real sample is
-harder for all three than its beginning, where the teachers need about 0.86.
+harder than its beginning, where the teachers need about 0.86.
 
 ## Sample
 
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument(
         "--export-only", action="store_true", help="write the folder from the last checkpoint"
     )
+    parser.add_argument("--compile", action="store_true", help="faster steps; needs a C++ compiler")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

@@ -183,11 +183,8 @@ def test_chat_template_and_generation_config(tmp_path: Path) -> None:
     assert checkpoint.chat_template == "D"
     assert checkpoint.generation == {"bos_token_id": 1, "eos_token_id": [7], "add_bos": False}
     source = checkpoint.tokenizer_source
-    assert source is not None and (source.kind, source.data, source.added) == (
-        "sentencepiece",
-        b"model",
-        {"<x>": 5},
-    )
+    assert source is not None
+    assert (source.kind, source.data, source.added) == ("sentencepiece", b"model", {"<x>": 5})
     write_folder(tmp_path, {"chat_template.jinja": b"J", "tokenizer.json": b"{}"})
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.chat_template == "J"
@@ -196,6 +193,7 @@ def test_chat_template_and_generation_config(tmp_path: Path) -> None:
 
 NORM = {"model.norm.weight": np.ones(2, np.float32)}
 GOOD = safetensors_bytes(NORM)
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
@@ -213,16 +211,16 @@ GOOD = safetensors_bytes(NORM)
         ({"config.json": CONFIG, "model.safetensors": GOOD[:20]}, "truncated"),
         ({"config.json": CONFIG, "model.safetensors": {"t": np.ones(2, np.int64)}}, "t of .* is I64"),
         ({"config.json": CONFIG, "a.safetensors": NORM, "b.safetensors": NORM}, "twice"),
-        ({"config.json": CONFIG, "model.safetensors.index.json": {}}, "weight_map"),
+        ({"config.json": CONFIG, INDEX: {}}, "weight_map"),
         (
-            {"config.json": CONFIG, "model.safetensors.index.json": {"weight_map": {"t": "a.safetensors"}}},
+            {"config.json": CONFIG, INDEX: {"weight_map": {"t": "a.safetensors"}}},
             "lacks the shard",
         ),
-        ({"config.json": CONFIG, "model.safetensors.index.json": {"weight_map": {"t": "../a"}}}, "outside"),
+        ({"config.json": CONFIG, INDEX: {"weight_map": {"t": "../a"}}}, "outside"),
         (
             {
                 "config.json": CONFIG,
-                "model.safetensors.index.json": {"weight_map": {"t": "a.safetensors"}},
+                INDEX: {"weight_map": {"t": "a.safetensors"}},
                 "a.safetensors": NORM,
             },
             "names t, which a.safetensors lacks",
@@ -262,17 +260,15 @@ def test_safetensors_conformance_cases(shared_data: Path) -> None:
                 read_safetensors_header(file)
 
 
+ENTRY = '"%s":{"dtype":"F32","shape":[%d],"data_offsets":[%d,%d]}'
+BOTH = "{" + ENTRY + "," + ENTRY + "}"
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (
-            '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-            "twice",
-        ),
-        (
-            '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-            "overlaps",
-        ),
+        (BOTH % ("a", 1, 0, 4, "a", 1, 4, 8), "twice"),
+        (BOTH % ("a", 2, 0, 8, "b", 1, 4, 8), "overlaps"),
         ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "hole"),
         ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "end at byte"),
         ('{"a":{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,8]}}', "8 bytes"),

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from programs import F32, MIN_IDS, Tiny, code_matrix, exact_activations, float_tensor
+
 from halfbyte.formats.encodings import ENCODINGS
 from halfbyte.formats.ops import BY_NAME, FUNCTIONS, OPS, PARAMETRIC
 from halfbyte.formats.program import PICKS
-from programs import F32, MIN_IDS, Tiny, code_matrix, exact_activations, float_tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ Cases = Iterator[Case]
 TOKEN_ONLY = ("embed", "rope", "kv_put", "attend", "pick")
 
 
-def variants(op: str, name: str, build: Callable[[Tiny], None], covers: str = "", tolerance: str = "ulp") -> Cases:
+def variants(
+    op: str, name: str, build: Callable[[Tiny], None], covers: str = "", tolerance: str = "ulp"
+) -> Cases:
     """Every placement of operands that the op allows."""
     places = ["plain", "view"]
     if BY_NAME[op].in_place:
@@ -73,7 +76,9 @@ def matrices() -> Iterator[tuple[str, int, str, int, int]]:
             i += 1
 
 
-def _matrix(tiny: Tiny, encoding: str, group: int, scale: str, rows: int, cols: int, exact: bool = False) -> int:
+def _matrix(
+    tiny: Tiny, encoding: str, group: int, scale: str, rows: int, cols: int, exact: bool = False
+) -> int:
     if encoding in ("f32", "f16", "bf16"):
         return tiny.tensor(float_tensor("matrix", tiny.values(rows, cols), encoding))
     return tiny.tensor(code_matrix("matrix", encoding, rows, cols, tiny.rng, group, scale, exact))
@@ -134,7 +139,9 @@ def linear() -> Cases:
             if exact and encoding in ("f32", "f16", "bf16"):
                 continue
 
-            def build(t: Tiny, encoding=encoding, group=group, scale=scale, rows=rows, cols=cols, exact=exact, i=i) -> None:
+            def build(
+                t: Tiny, encoding=encoding, group=group, scale=scale, rows=rows, cols=cols, exact=exact, i=i
+            ) -> None:
                 ids = max(MIN_IDS, rows)
                 x = t.input(cols, exact_activations(t.rng, ids, cols) if exact else None)
                 m = _matrix(t, encoding, group, scale, rows, cols, exact)
@@ -222,9 +229,13 @@ def attend() -> Cases:
     """Grouped heads, unequal dims, windows, score caps."""
     for kv_heads, share, k_dim, v_dim, window, softcap in ATTENTION:
 
-        def build(t: Tiny, kv_heads=kv_heads, share=share, k_dim=k_dim, v_dim=v_dim, window=window, softcap=softcap) -> None:
+        def build(
+            t: Tiny, kv_heads=kv_heads, share=share, k_dim=k_dim, v_dim=v_dim, window=window, softcap=softcap
+        ) -> None:
             heads = kv_heads * share
-            q, k, v = (t.input(n, ids=heads * v_dim) for n in (heads * k_dim, kv_heads * k_dim, kv_heads * v_dim))
+            q, k, v = (
+                t.input(n, ids=heads * v_dim) for n in (heads * k_dim, kv_heads * k_dim, kv_heads * v_dim)
+            )
             t.caches.append((kv_heads, k_dim, v_dim, window))
             t.emit("kv_put", [], [k, v], cache=0)
             t.test("attend", [t.output(heads * v_dim)], [q], cache=0, scale=k_dim**-0.5, softcap=softcap)
@@ -234,7 +245,7 @@ def attend() -> Cases:
 
 
 def kv_put() -> Cases:
-    """Two caches, so that a backend that ignores the number is found. Values round, overflow and underflow f16."""
+    """Two caches, so that ignoring the number is found; values round, overflow and underflow f16."""
     for kv_heads, k_dim, v_dim in ((2, 16, 16), (3, 5, 9), (1, 32, 24)):
 
         def build(t: Tiny, kv_heads=kv_heads, k_dim=k_dim, v_dim=v_dim) -> None:
@@ -249,5 +260,7 @@ def kv_put() -> Cases:
         yield from variants("kv_put", f"{kv_heads}.{k_dim}.{v_dim}", build, tolerance="exact")
 
 
-CASES: dict[str, list[Case]] = {op.name: list(globals()[op.name]()) if op.name in globals() else [] for op in OPS}
+CASES: dict[str, list[Case]] = {
+    op.name: list(globals()[op.name]()) if op.name in globals() else [] for op in OPS
+}
 ALL = [case for cases in CASES.values() for case in cases]

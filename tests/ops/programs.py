@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from halfbyte.formats import encodings, program, tiles
 from halfbyte.formats.container import File
 from halfbyte.formats.metadata import Value
@@ -38,7 +39,9 @@ class Logical:
 
 def float_tensor(name: str, values: np.ndarray, encoding: str = "f32") -> Logical:
     """float32 values of rank 1 or 2 stored as a float encoding."""
-    return Logical(TensorSpec(name, encoding, values.shape), {"values": encodings.float_to_bits(values, encoding)})
+    return Logical(
+        TensorSpec(name, encoding, values.shape), {"values": encodings.float_to_bits(values, encoding)}
+    )
 
 
 def code_matrix(
@@ -128,7 +131,9 @@ class Tiny:
         """An f32 vector."""
         return self.tensor(float_tensor(f"vector{len(self.tensors)}", values.astype(F32)))
 
-    def emit(self, op: str, out: list[int], ins: list[int], weights: tuple[int | None, ...] = (), **attrs) -> None:
+    def emit(
+        self, op: str, out: list[int], ins: list[int], weights: tuple[int | None, ...] = (), **attrs
+    ) -> None:
         """Append a record."""
         self.records.append(program.record(op, program.NO_LAYER, out, ins, weights, **attrs))
 
@@ -166,7 +171,9 @@ class Tiny:
             return self.view(self.slot(width + 9, rows), 3, width)
         return self.slot(width, rows)
 
-    def test(self, op: str, out: list[int], ins: list[int], weights: tuple[int | None, ...] = (), **attrs) -> None:
+    def test(
+        self, op: str, out: list[int], ins: list[int], weights: tuple[int | None, ...] = (), **attrs
+    ) -> None:
         """Append the record under test and, where needed, a PICK that makes its output the logits."""
         self.tested = len(self.records)
         self.emit(op, out, ins, weights, **attrs)
@@ -178,7 +185,9 @@ class Tiny:
         logits = self.slot(self.slots[y][0], program.PICKS)
         self.emit("pick", [logits], [y])
 
-    def write(self, path: Path, meta: dict[str, Value] | None = None, tokenizer: bytes = b"", template: str = "") -> File:
+    def write(
+        self, path: Path, meta: dict[str, Value] | None = None, tokenizer: bytes = b"", template: str = ""
+    ) -> File:
         """Write the file and open it."""
         vocab = self.slots[int(self.records[-1]["out"][0])][0]
         metadata: dict[str, Value] = {"model.vocab_size": vocab, "model.context_length": 4096, **(meta or {})}

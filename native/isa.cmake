@@ -1,0 +1,13 @@
+# Compiler flags by file suffix, and nowhere else. A file without a known suffix is built for the baseline.
+function(halfbyte_isa_flags)
+  foreach(source IN LISTS ARGN)
+    if(source MATCHES "_x86_avx2\\.c$")
+      set(flags -mavx2 -mfma -mf16c)
+    elseif(source MATCHES "_x86_avx512vnni\\.c$")
+      set(flags -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni)
+    else()
+      continue()
+    endif()
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
+  endforeach()
+endfunction()

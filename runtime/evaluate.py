@@ -1,0 +1,93 @@
+"""Quality of a file on text: nll and perplexity, and KL divergence against another file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from halfbyte.formats.errors import UsageError
+from halfbyte.runtime.model import Model
+
+ROWS = 32  # rows whose logits are held at once: memory stays O(vocabulary)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float32[T, V] -> float64[T, V]."""
+    z = logits.astype(np.float64)
+    z -= z.max(axis=1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def windows(model: Model, text: str, ctx: int) -> list[list[int]]:
+    """The text's tokens in non-overlapping windows of at most `ctx`, each with the start token if the model uses one."""
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode(text, bos=False, special=False)
+    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    step = ctx - len(start)
+    return [start + ids[i : i + step] for i in range(0, len(ids), step) if len(start + ids[i : i + step]) > 1]
+
+
+def evaluate(
+    model: Model,
+    text: str,
+    *,
+    ctx: int = 512,
+    against: Model | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Every token after the first of each window is predicted from the window's earlier ones.
+
+    Returns tokens, nll_per_token (nats), ppl and, with `against`, kld_mean, kld_p99, kld_max (nats,
+    KL(against || model) per token) and top1_agreement. Raises UsageError for text that is too short, a
+    window longer than a context, or models with different tokenizers.
+    """
+    for m in (model, against):
+        if m is not None and not 2 <= ctx <= m.context_length:
+            raise UsageError(
+                f"--ctx must lie between 2 and the model's context of {m.context_length}, not {ctx}"
+            )
+    parts = windows(model, text, ctx)
+    if not parts:
+        raise UsageError("the text is too short: it needs at least two tokens")
+    if against is not None and (
+        against.vocab_size != model.vocab_size
+        or windows(against, text[:4096], ctx) != windows(model, text[:4096], ctx)
+    ):
+        raise UsageError("the two files use different tokenizers, so their logits cannot be compared")
+    total, nll, kld, same = sum(len(p) - 1 for p in parts), 0.0, [], 0
+    done = 0
+    for part in parts:
+        streams = [_logits(m, part) for m in (model, against) if m is not None]
+        for targets, *rows in zip(_chunks(part[1:]), *streams):
+            ours = log_softmax(rows[0])
+            nll -= float(ours[np.arange(len(targets)), targets].sum())
+            if against is not None:
+                theirs = log_softmax(rows[1])
+                kld.append((np.exp(theirs) * (theirs - ours)).sum(axis=1))
+                same += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+            done += len(targets)
+            if progress:
+                progress(done, total)
+    out: dict[str, Any] = {"tokens": total, "nll_per_token": nll / total, "ppl": float(np.exp(nll / total))}
+    if against is not None:
+        all_kld = np.concatenate(kld)
+        out |= {
+            "kld_mean": float(all_kld.mean()),
+            "kld_p99": float(np.quantile(all_kld, 0.99)),
+            "kld_max": float(all_kld.max()),
+            "top1_agreement": same / total,
+        }
+    return out
+
+
+def _chunks(ids: list[int]) -> Iterator[np.ndarray]:
+    for i in range(0, len(ids), ROWS):
+        yield np.asarray(ids[i : i + ROWS])
+
+
+def _logits(model: Model, part: list[int]) -> Iterator[np.ndarray]:
+    session = model.session()
+    for chunk in _chunks(part[:-1]):
+        yield session.feed_all(chunk.tolist())

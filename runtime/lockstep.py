@@ -1,0 +1,127 @@
+"""Lockstep comparison: a backend against the reference, record by record, on the same inputs.
+
+Before every record the backend's input slots and caches are set to the reference's, so errors do not
+add up and the record that is wrong is the one that is named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from halfbyte.formats import encodings
+from halfbyte.formats.container import File
+from halfbyte.formats.ops import BY_CODE
+from halfbyte.runtime.backends import backend_class
+from halfbyte.runtime.backends.backend import Backend, Step, operands
+from halfbyte.runtime.backends.reference import Reference
+from halfbyte.runtime.kv import KV
+
+ROWS = (1, 2, 3, 8, 33)  # rows of the steps that are compared
+
+# Largest allowed difference, relative to the largest magnitude of the row. Elementwise ops and
+# integer dots differ by a few roundings; float sums of K terms by about sqrt(K) roundings.
+TOLERANCE = {"linear": 1e-5, "attend": 1e-5, "rmsnorm": 2e-6, "layernorm": 4e-6}
+ELEMENTWISE = 1e-6
+INTEGER_DOT = 1e-6
+
+
+@dataclass
+class Outcome:
+    """The worst case of one op (and, for matrices, one encoding) over all records and steps."""
+
+    op: str
+    encoding: str
+    records: int
+    worst: float  # max |difference| / max |row of the reference|
+    tolerance: float
+    where: int  # the record of the worst case
+    ok: bool
+
+    def as_dict(self) -> dict[str, object]:
+        """For --json."""
+        return asdict(self)
+
+
+def lockstep(
+    file: File, backend: str, policy: str, seed: int = 0, threads: int | None = None
+) -> list[Outcome]:
+    """Compare on seeded random token ids, for steps of 1, 2, 3, 8 and 33 rows in sequence.
+
+    Returns one outcome an (op, encoding), in order of first appearance.
+    """
+    reference = Reference(file, policy)
+    other = backend_class(backend)(file, policy, threads)
+    rng = np.random.default_rng(seed)
+    vocab, context = int(file.metadata["model.vocab_size"]), int(file.metadata["model.context_length"])  # type: ignore[arg-type]
+    kvs = KV(file.caches, "f32"), KV(file.caches, "f32")
+    found: dict[tuple[str, str], Outcome] = {}
+    position = 0
+    for rows in ROWS:
+        if position + rows > context:
+            break
+        ids = rng.integers(0, vocab, rows).astype(np.int32)
+        positions = np.arange(position, position + rows, dtype=np.int32)
+        steps = []
+        for kv in kvs:
+            kv.reserve(position + rows)
+            steps.append(
+                Step(ids, positions, np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32), [kv])
+            )
+        _step(file, reference, other, steps[0], steps[1], found, policy)
+        position += rows
+    return list(found.values())
+
+
+def _step(
+    file: File,
+    reference: Backend,
+    other: Backend,
+    ours: Step,
+    theirs: Step,
+    found: dict[tuple[str, str], Outcome],
+    policy: str,
+) -> None:
+    reference.begin(ours)
+    other.begin(theirs)
+    seen: set[int] = set()
+    for i, record in enumerate(file.program):
+        op = BY_CODE[int(record["code"])]
+        for s in operands(record, "in"):
+            if s is not None:
+                other.slot(s, theirs)[:] = reference.slot(s, ours)
+        reference.run_range(ours, i, i + 1)
+        other.run_range(theirs, i, i + 1)
+        if op.name == "kv_put":
+            c = int(record["attr"][0])
+            seen.add(c)
+            want = np.concatenate([ours.kvs[0].k[c].reshape(-1), ours.kvs[0].v[c].reshape(-1)])[None]
+            got = np.concatenate([theirs.kvs[0].k[c].reshape(-1), theirs.kvs[0].v[c].reshape(-1)])[None]
+        else:
+            o = int(record["out"][0])
+            want, got = reference.slot(o, ours), other.slot(o, theirs)
+        matrix = operands(record, "w")[0] if op.name in ("linear", "embed") else None
+        encoding = "" if matrix is None else file.tensors[matrix].encoding
+        error = relative_error(got, want)
+        limit = tolerance(op.name, encoding, policy)
+        known = found.setdefault((op.name, encoding), Outcome(op.name, encoding, 0, 0.0, limit, i, True))
+        known.records += 1
+        if not error <= known.worst:  # also true for NaN
+            known.worst, known.where, known.ok = error, i, bool(error <= limit)
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """max |got - want| over a row, relative to the row's largest |want|; the worst row. NaN if any is."""
+    scale = np.abs(want).max(axis=1, keepdims=True)
+    difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
+    return float((difference / np.where(scale > 0, scale, 1)).max()) if got.size else 0.0
+
+
+def tolerance(op: str, encoding: str, policy: str) -> float:
+    """The largest relative error that rounding explains."""
+    if op in ("embed", "pick", "kv_put"):
+        return 0.0  # copies and exact conversions
+    if op == "linear" and policy == "i8g32" and not encodings.BY_NAME[encoding].is_float:
+        return INTEGER_DOT
+    return TOLERANCE.get(op, ELEMENTWISE)
