@@ -17,6 +17,7 @@ from halfbyte.converter.config import Config
 from halfbyte.converter.recipe import Recipe, Storage
 from halfbyte.converter.rope import Rope
 from halfbyte.formats import program
+from halfbyte.formats.encodings import group_is_valid
 from halfbyte.formats.errors import CheckpointError
 from halfbyte.formats.ops import FUNCTIONS
 
@@ -121,6 +122,8 @@ class Builder:
             if dtype not in ("f32", "f16", "bf16", "f64"):
                 first = self.checkpoint.read_rows(name, 0, 1)
                 assert isinstance(first, Packed)
+                if not group_is_valid(first.group) and self.recipe.name == "keep":
+                    raise CheckpointError(f"tensor {name} has groups of {first.group} columns; choose --recipe q8")
                 group, scale_type = first.group, "f16" if first.scales.dtype == np.float16 else "f32"
             self._storages[name] = self.recipe.storage(dtype, group, scale_type)
         return self._storages[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from halfbyte.formats.encodings import BY_NAME
+from halfbyte.formats.encodings import BY_NAME, group_is_valid
 from halfbyte.formats.errors import UsageError
 
 RECIPES = {
@@ -48,7 +48,8 @@ class Recipe:
         if self.name == "keep":
             return kept
         target = BY_NAME[self.name]
-        return kept if not target.is_float and source.bits <= target.bits else Storage(self.name)
+        fits = not target.is_float and source.bits <= target.bits and group_is_valid(group)
+        return kept if fits else Storage(self.name)
 
 
 def recipe(name: str) -> Recipe:

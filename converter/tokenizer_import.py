@@ -97,6 +97,7 @@ def _tokenizer_json(source: TokenizerSource, data: bytes, vocab_size: int) -> Im
         raise TokenizerError("tokenizer.json is damaged: 'added_tokens' is not a list")
     # Either would silently shorten or lengthen a prompt.
     tokenizer["truncation"] = tokenizer["padding"] = None
+    _match_control_tokens_as_written(tokenizer)
     return _finish(tokenizer, source, vocab_size, None, [], None, ())
 
 
@@ -166,6 +167,22 @@ def _content(token: Any) -> str:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
+
+
+def _match_control_tokens_as_written(tokenizer: dict[str, Any]) -> None:
+    """Undo a known slip of older Llama tokenizers.
+
+    A `normalized` control token is looked for in normalised text under its normalised name. Where the
+    normaliser puts a space in front of a text, "</s>" right after a word is then no longer found.
+    """
+    normalizer = tokenizer.get("normalizer")
+    if not isinstance(normalizer, dict):
+        return
+    steps = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else [normalizer]
+    if any(isinstance(step, dict) and step.get("type") == "Prepend" for step in steps or ()):
+        for token in tokenizer["added_tokens"]:
+            if isinstance(token, dict) and token.get("special"):
+                token["normalized"] = False
 
 
 def _drop_other_modalities(tokenizer: dict[str, Any], vocab_size: int) -> tuple[str, ...]:

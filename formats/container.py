@@ -17,7 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from . import metadata, program, tiles
-from .encodings import BY_CODE, BY_NAME, FLOAT_BYTES, dequantize, group_is_valid, stored_dtype
+from .encodings import (
+    BY_CODE,
+    BY_NAME,
+    FLOAT_BYTES,
+    bits_to_float,
+    dequantize,
+    group_is_valid,
+    stored_dtype,
+)
 from .errors import FormatError
 
 MAGIC = b"\x89hb\r\n\x1a\n\0"  # as PNG's: finds text-mode mangling and 7-bit transfers
@@ -39,8 +47,8 @@ SECTIONS: dict[str, tuple[bool, str]] = {
 }
 
 HEADER_DTYPE = np.dtype(
-    [("magic", "S8"), ("major", "<u2"), ("minor", "<u2"), ("sections", "<u4"), ("length", "<u8"), ("zero", "<u8"),
-     ("digest", "V32")]
+    [("magic", "S8"), ("major", "<u2"), ("minor", "<u2"), ("sections", "<u4"), ("length", "<u8"),
+     ("zero", "<u8"), ("digest", "V32")]
 )  # fmt: skip
 SECTION_DTYPE = np.dtype(
     [
@@ -150,9 +158,8 @@ class File:
                 f" (it reads {VERSION[0]}.x); upgrade halfbyte or convert again"
             )
         if int(header["length"]) != len(self.bytes):
-            raise _bad(
-                f"truncated or extended: the header says {int(header['length'])} bytes, found {len(self.bytes)}"
-            )
+            said = int(header["length"])
+            raise _bad(f"truncated or extended: the header says {said} bytes, found {len(self.bytes)}")
         count = int(header["sections"])
         if not 0 < count <= MAX_SECTIONS or 64 + 64 * count > len(self.bytes):
             raise _bad(f"{count} sections do not fit")
@@ -171,7 +178,7 @@ class File:
         missing = [k for k, (required, _) in SECTIONS.items() if required and k not in self.sections]
         if missing:
             raise _bad(f"section {missing[0]} is missing")
-        self.metadata = metadata.decode(self.section("META"))
+        self.metadata = metadata.decode(self._section("META"))
         self.slots = self._records("SLOT", program.SLOT_DTYPE)
         self.caches = self._records("KVCA", program.CACHE_DTYPE)
         self.program = self._records("PROG", program.OP_DTYPE)
@@ -202,8 +209,7 @@ class File:
         self.sections[kind] = (offset, length, s["digest"].tobytes())
         return offset + length
 
-    def section(self, kind: str) -> bytes:
-        """The bytes of a section other than DATA, verified against its digest; b'' when absent."""
+    def _section(self, kind: str) -> bytes:
         if kind not in self.sections:
             return b""
         offset, length, digest = self.sections[kind]
@@ -213,13 +219,13 @@ class File:
         return data
 
     def _records(self, kind: str, dtype: np.dtype) -> np.ndarray:
-        data = self.section(kind)
+        data = self._section(kind)
         if len(data) % dtype.itemsize:
             raise _bad(f"section {kind}: {len(data)} bytes is not a whole number of records")
         return np.frombuffer(data, dtype)
 
     def _read_tensors(self) -> list[Tensor]:
-        data = self.section("TENS")
+        data = self._section("TENS")
         if len(data) < TABLE_HEAD or any(data[8:TABLE_HEAD]):
             raise _bad("the tensor table is cut off")
         count, names_length = (int(v) for v in np.frombuffer(data, "<u4", 2))
@@ -274,9 +280,8 @@ class File:
         else:
             ok = group == (e.group or 0) and scale_type == ("f16" if e.scale == "f16" else "")
         if not ok or (scale is None and int(r["scale_type"])):
-            raise _bad(
-                f"tensor {name}: group {group} or scale type {int(r['scale_type'])} is not allowed for {e.name}"
-            )
+            given = f"group {group} or scale type {int(r['scale_type'])}"
+            raise _bad(f"tensor {name}: {given} is not allowed for {e.name}")
         if int(r["zero"]) or r["zero2"].tobytes() != bytes(32):
             raise _bad(f"tensor {name}: a reserved field is not zero")
         nbytes = tensor_bytes(e.name, tile, shape, group, scale_type)
@@ -300,6 +305,13 @@ class File:
     def tensor_index(self) -> dict[str, int]:
         """Name -> row of the tensor table."""
         return {t.name: i for i, t in enumerate(self.tensors)}
+
+    def section(self, kind: str) -> bytes:
+        """The bytes of a section other than DATA, verified against its digest; b'' when absent."""
+        try:
+            return self._section(kind)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error}") from None
 
     def raw(self, tensor: Tensor) -> np.ndarray:
         """The stored bytes, uint8, a view of the mapping."""
@@ -358,8 +370,6 @@ class File:
 
     def dequantize(self, tensor: Tensor) -> np.ndarray:
         """Any tensor as float32 in its logical shape."""
-        from .encodings import bits_to_float
-
         if tensor.tile == tiles.ROWS:
             return bits_to_float(self.vector(tensor), tensor.encoding)
         e = BY_NAME[tensor.encoding]

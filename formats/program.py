@@ -30,8 +30,8 @@ MAX_CACHES = 1 << 12
 MAX_COLUMNS = 1 << 24  # of all base slots together: 64 MiB a row
 
 OP_DTYPE = np.dtype(
-    [("code", "<u2"), ("layer", "<u2"), ("flags", "<u4"), ("out", "<u4", 2), ("in", "<u4", 4), ("w", "<u4", 4),
-     ("attr", "<u4", 4)]
+    [("code", "<u2"), ("layer", "<u2"), ("flags", "<u4"), ("out", "<u4", 2), ("in", "<u4", 4),
+     ("w", "<u4", 4), ("attr", "<u4", 4)]
 )  # fmt: skip
 SLOT_DTYPE = np.dtype([("width", "<u4"), ("base", "<u4"), ("offset", "<u4"), ("rows", "<u4")])
 CACHE_DTYPE = np.dtype([("kv_heads", "<u4"), ("k_dim", "<u4"), ("v_dim", "<u4"), ("window", "<u4")])

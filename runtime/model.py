@@ -36,8 +36,8 @@ def load(
     """Open a `.hb` file and bind it.
 
     backend: 'native', 'jit' or 'reference' (default: the best available). threads: default all CPUs
-    this process may use. kv: 'f32', 'f16' or 'auto' (f32 for models stored in f32, else f16). policy:
-    'f32' or 'i8g32' (default), see SPEC.md section 10. verify: check every byte first.
+    this process may use. kv: 'f32', 'f16' or 'auto' (f32 for models stored in f32 and under policy f32,
+    else f16). policy: 'f32' or 'i8g32' (default), see SPEC.md section 10. verify: check every byte first.
 
     Raises FormatError for a damaged file, UsageError for an impossible request.
     """
@@ -67,7 +67,8 @@ class Model:
         if kv not in ("auto", *MODES):
             raise UsageError(f"unknown kv mode {kv!r}; this version has auto, {', '.join(MODES)}")
         stored = {t.encoding for t in file.tensors if t.tile == P16}
-        self.kv_mode = kv if kv != "auto" else "f32" if stored == {"f32"} else "f16"
+        exact = stored == {"f32"} or self.policy == "f32"
+        self.kv_mode = kv if kv != "auto" else "f32" if exact else "f16"
         self.vocab_size = int(file.metadata["model.vocab_size"])  # type: ignore[arg-type]
         self.context_length = int(file.metadata["model.context_length"])  # type: ignore[arg-type]
         self._lock = threading.Lock()

@@ -86,14 +86,18 @@ class Tokenizer:
         Raises UsageError for text that is not valid Unicode.
         """
         try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError("the text holds characters that are not valid Unicode") from None
+        try:
             with self._lock:
                 # The flag is part of the library's object; the lock keeps it and its use together.
                 if self._library.encode_special_tokens is special:
                     self._library.encode_special_tokens = not special
                 ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
-            raise UsageError("the text holds characters that are not valid Unicode") from None
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic in the Rust library is not an Exception
             raise TokenizerError(f"the tokenizer cannot encode this text: {_one_line(error)}") from None
         if not special and not self._control_ids.isdisjoint(ids):
             ids = self._encode_plain(text)

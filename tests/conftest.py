@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.runtime.backends import BACKENDS
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -15,3 +17,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder} (set HALFBYTE_DATA)")
     return folder
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; native is skipped, saying so, where no library was built."""
+    if request.param == "native":
+        from halfbyte.runtime.backends.native import library_path
+
+        if library_path() is None:
+            pytest.skip("no native library: run `make native` (needs a C compiler)")
+    return request.param

@@ -33,7 +33,7 @@ HB_INLINE v16 v16_min(v16 a, v16 b) { return _mm512_min_ps(a, b); }
 HB_INLINE v16 v16_abs(v16 a) { return _mm512_abs_ps(a); }
 HB_INLINE v16 v16_copysign(v16 a, v16 sign) {
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(sign),
-                                                         _mm512_set1_epi32(INT32_MIN), 0xe4 ^ 0x28 ^ 0x1c));
+                                                         _mm512_set1_epi32(INT32_MIN), 0xd8));
 }
 HB_INLINE v16 v16_select_lt(v16 a, v16 b, v16 yes, v16 no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);

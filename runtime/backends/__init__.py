@@ -8,7 +8,7 @@ from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.backends.backend import Backend
 
 # In order of preference: the first that is available on this machine is the default.
-BACKENDS = {"native": "Native", "jit": "Jit", "reference": "Reference"}
+BACKENDS: dict[str, str] = {"native": "Native", "jit": "Jit", "reference": "Reference"}
 
 
 def backend_class(name: str | None = None) -> type[Backend]:

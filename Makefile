@@ -1,0 +1,69 @@
+# halfbyte: every target does its own set-up. `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CC_FOUND := $(shell command -v cc 2>/dev/null || command -v gcc 2>/dev/null || command -v clang 2>/dev/null)
+# Python sources import as halfbyte.*: a link, not a copy, lets mypy see them that way.
+TYPING := build/typing
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev native demo test lint format types bench generate clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.user: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.user
+
+setup: $(VENV)/.user ## install halfbyte into .venv (works without a C compiler)
+
+dev: $(VENV)/.dev ## the same with the tools for tests and linting
+
+native: $(VENV)/.dev ## build the C library for development into build/native (needs a C compiler)
+ifeq ($(CC_FOUND),)
+	@echo "no C compiler found: skipping the native library; the Numba backend is used" >&2
+else
+	@$(BIN)/cmake -S native -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Release -DHALFBYTE_WERROR=ON > build-native.log 2>&1 \
+		&& $(BIN)/cmake --build build/native >> build-native.log 2>&1 \
+		&& rm -f build-native.log || { cat build-native.log; rm -f build-native.log; exit 1; }
+endif
+
+demo: setup ## convert the embedded story model, verify it, tell a story
+	@$(BIN)/halfbyte demo
+
+test: dev native ## all tests, on every backend this machine can run
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: dev ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find native -name '*.[ch]' ! -name halfbyte_ops.h)
+	@$(MAKE) --no-print-directory types
+
+types: dev ## the type checker alone
+	@mkdir -p $(TYPING) && ln -sfn ../.. $(TYPING)/halfbyte
+	MYPYPATH=$(TYPING) $(BIN)/mypy -p halfbyte.formats -p halfbyte.devices -p halfbyte.runtime -p halfbyte.converter
+
+format: dev ## format all sources
+	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $$(find native -name '*.[ch]' ! -name halfbyte_ops.h)
+
+generate: dev ## rewrite the generated C header and the tables of SPEC.md
+	$(BIN)/python -m halfbyte.formats.emit_c
+	$(BIN)/python -m halfbyte.formats.spec
+
+bench: dev native ## kernel speed beside this machine's limits
+	$(BIN)/python benchmarks/kernels.py
+
+clean: ## remove what was built (not .venv)
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

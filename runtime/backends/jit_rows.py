@@ -1,0 +1,257 @@
+"""The kernels of the JIT backend that work row by row, and attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+
+from halfbyte.formats import encodings
+from halfbyte.runtime.backends import jit_tiles as w
+from halfbyte.runtime.backends.jit_intrinsics import (
+    bits_f64,
+    f32_at,
+    fma32,
+    i32_at,
+    i64_at,
+    keyed,
+    kv_dots,
+    kv_weighted,
+    load_value,
+    store_value,
+)
+from halfbyte.runtime.backends.jit_kernels import kernel
+from halfbyte.runtime.backends.jit_math import apply, exp64, tanh64
+
+
+def make_pick(key: str) -> Any:
+    """pick: row `index` = row picks[index]."""
+
+    def pick(a, j, worker):
+        keyed(key)
+        x = f32_at(a[w.X] + i32_at(a[w.IDS])[j] * a[w.X_STRIDE] * 4)
+        y = f32_at(a[w.Y] + j * a[w.Y_STRIDE] * 4)
+        for c in range(a[w.WIDTH]):
+            y[c] = x[c]
+
+    return kernel(pick)
+
+
+def make_rmsnorm(key: str) -> Any:
+    """rmsnorm of row `index`; the sum of squares in float64, four partial sums."""
+
+    def rmsnorm(a, t, worker):
+        keyed(key)
+        dim, eps = a[w.DIM], bits_f64(a[w.EPS])
+        weight = f32_at(a[w.WEIGHT])
+        for start in range(0, a[w.WIDTH], dim):
+            x = f32_at(a[w.X] + (t * a[w.X_STRIDE] + start) * 4)
+            y = f32_at(a[w.Y] + (t * a[w.Y_STRIDE] + start) * 4)
+            s0 = s1 = s2 = s3 = 0.0
+            whole = dim // 4 * 4
+            for c in range(0, whole, 4):
+                s0 += numba.float64(x[c]) * x[c]
+                s1 += numba.float64(x[c + 1]) * x[c + 1]
+                s2 += numba.float64(x[c + 2]) * x[c + 2]
+                s3 += numba.float64(x[c + 3]) * x[c + 3]
+            for c in range(whole, dim):
+                s0 += numba.float64(x[c]) * x[c]
+            inverse = numba.float32(1.0 / (((s0 + s1) + (s2 + s3)) / dim + eps) ** 0.5)
+            if a[w.WEIGHT]:
+                for c in range(dim):
+                    y[c] = x[c] * inverse * weight[c]
+            else:
+                for c in range(dim):
+                    y[c] = x[c] * inverse
+
+    return kernel(rmsnorm)
+
+
+def make_layernorm(key: str) -> Any:
+    """layernorm of row `index`; mean and variance in float64."""
+
+    def layernorm(a, t, worker):
+        keyed(key)
+        dim, eps = a[w.DIM], bits_f64(a[w.EPS])
+        weight, bias = f32_at(a[w.WEIGHT]), f32_at(a[w.SHIFT])
+        for start in range(0, a[w.WIDTH], dim):
+            x = f32_at(a[w.X] + (t * a[w.X_STRIDE] + start) * 4)
+            y = f32_at(a[w.Y] + (t * a[w.Y_STRIDE] + start) * 4)
+            total = 0.0
+            for c in range(dim):
+                total += x[c]
+            mean, squares = total / dim, 0.0
+            for c in range(dim):
+                centred = x[c] - mean
+                squares += centred * centred
+            root = (squares / dim + eps) ** 0.5
+            for c in range(dim):
+                y[c] = numba.float32((x[c] - mean) / root)
+            if a[w.WEIGHT]:
+                for c in range(dim):
+                    y[c] = y[c] * weight[c]
+            if a[w.SHIFT]:
+                for c in range(dim):
+                    y[c] = y[c] + bias[c]
+
+    return kernel(layernorm)
+
+
+def make_add(key: str) -> Any:
+    """add of row `index`: a + scale * b, two roundings."""
+
+    def add(a, t, worker):
+        keyed(key)
+        x = f32_at(a[w.X] + t * a[w.X_STRIDE] * 4)
+        other = f32_at(a[w.X2] + t * a[w.X2_STRIDE] * 4)
+        y = f32_at(a[w.Y] + t * a[w.Y_STRIDE] * 4)
+        scale = numba.float32(bits_f64(a[w.SCALE]))
+        for c in range(a[w.WIDTH]):
+            y[c] = x[c] + scale * other[c]
+
+    return kernel(add)
+
+
+def make_mul(key: str) -> Any:
+    """mul of row `index`."""
+
+    def mul(a, t, worker):
+        keyed(key)
+        x = f32_at(a[w.X] + t * a[w.X_STRIDE] * 4)
+        other = f32_at(a[w.X2] + t * a[w.X2_STRIDE] * 4)
+        y = f32_at(a[w.Y] + t * a[w.Y_STRIDE] * 4)
+        for c in range(a[w.WIDTH]):
+            y[c] = x[c] * other[c]
+
+    return kernel(mul)
+
+
+def make_unary(key: str, function: int) -> Any:
+    """unary of row `index`."""
+
+    def unary(a, t, worker):
+        keyed(key)
+        x = f32_at(a[w.X] + t * a[w.X_STRIDE] * 4)
+        y = f32_at(a[w.Y] + t * a[w.Y_STRIDE] * 4)
+        p = bits_f64(a[w.SCALE])
+        for c in range(a[w.WIDTH]):
+            y[c] = apply(function, x[c], p)
+
+    return kernel(unary)
+
+
+def make_glu(key: str, function: int) -> Any:
+    """glu of row `index`: x = [gate | up]."""
+
+    def glu(a, t, worker):
+        keyed(key)
+        x = f32_at(a[w.X] + t * a[w.X_STRIDE] * 4)
+        y = f32_at(a[w.Y] + t * a[w.Y_STRIDE] * 4)
+        width = a[w.WIDTH]
+        for c in range(width):
+            y[c] = apply(function, x[c], 1.0) * x[width + c]
+
+    return kernel(glu)
+
+
+def make_rope(key: str) -> Any:
+    """rope of row `index` from the step's float32[T, n] tables of cosines and sines."""
+
+    def rope(a, t, worker):
+        keyed(key)
+        n, dim = a[w.HALF], a[w.DIM]
+        cos, sin = f32_at(a[w.COS] + t * n * 4), f32_at(a[w.SIN] + t * n * 4)
+        for start in range(0, a[w.WIDTH], dim):
+            x = f32_at(a[w.X] + (t * a[w.X_STRIDE] + start) * 4)
+            y = f32_at(a[w.Y] + (t * a[w.Y_STRIDE] + start) * 4)
+            for i in range(n):
+                u, v = x[i], x[i + n]
+                y[i] = u * cos[i] - v * sin[i]
+                y[i + n] = v * cos[i] + u * sin[i]
+            for i in range(2 * n, dim):
+                y[i] = x[i]
+
+    return kernel(rope)
+
+
+def make_kv_put(spec: str, kind: str) -> Any:
+    """kv_put of row `index`: words KV are (k, v, capacity) of every session."""
+    size = encodings.FLOAT_BYTES[kind]
+
+    def kv_put(a, t, worker):
+        session = i64_at(a[w.KV] + i32_at(a[w.SESSIONS])[t] * 24)
+        position, capacity = i32_at(a[w.POSITIONS])[t], session[2]
+        for part in range(2):
+            dim = a[w.K_DIM] if part == 0 else a[w.V_DIM]
+            stride = a[w.X_STRIDE] if part == 0 else a[w.X2_STRIDE]
+            x = f32_at((a[w.X] if part == 0 else a[w.X2]) + t * stride * 4)
+            for h in range(a[w.KV_HEADS]):
+                row = session[part] + (h * capacity + position) * dim * size
+                for c in range(dim):
+                    store_value(spec, kind, row + c * size, x[h * dim + c])
+
+    return kernel(kv_put)
+
+
+def make_attend(spec: str, kind: str) -> Any:
+    """attend: index = row * kv_heads + kv head; all query heads that share it go together.
+
+    Scores in float32 (fused, 16 lanes), softmax in float64, values summed in ascending positions.
+    """
+    size = encodings.FLOAT_BYTES[kind]
+
+    def attend(a, index, worker):
+        kv_heads, k_dim, v_dim = a[w.KV_HEADS], a[w.K_DIM], a[w.V_DIM]
+        t, h = index // kv_heads, index % kv_heads
+        share = a[w.HALF]
+        session = i64_at(a[w.KV] + i32_at(a[w.SESSIONS])[t] * 24)
+        capacity = session[2]
+        end = numba.int64(i32_at(a[w.POSITIONS])[t]) + 1
+        start = max(0, end - a[w.WINDOW]) if a[w.WINDOW] else 0
+        n = end - start
+        k = session[0] + (h * capacity + start) * k_dim * size
+        v = session[1] + (h * capacity + start) * v_dim * size
+        scale, cap = bits_f64(a[w.SCALE]), bits_f64(a[w.CAP])
+        scratch = a[w.SCRATCH] + worker * a[w.SCRATCH_ROW] * 4
+        p = f32_at(scratch)
+        whole_k, whole_v = k_dim // 16 * 16, v_dim // 16 * 16
+        for head in range(h * share, (h + 1) * share):
+            q_at = a[w.X] + (t * a[w.X_STRIDE] + head * k_dim) * 4
+            q = f32_at(q_at)
+            kv_dots(spec, kind, q_at, k, k_dim, k_dim * size, n, scratch)
+            if whole_k < k_dim:
+                for j in range(n):
+                    for c in range(whole_k, k_dim):
+                        p[j] = fma32(q[c], load_value(spec, kind, k + (j * k_dim + c) * size), p[j])
+            for j in range(n):
+                p[j] = numba.float32(scale * p[j])
+            if cap != 0.0:
+                for j in range(n):
+                    p[j] = numba.float32(cap * tanh64(p[j] / cap))
+            top = p[0]
+            for j in range(n):
+                top = max(top, p[j])
+            for j in range(n):
+                p[j] = numba.float32(exp64(numba.float64(p[j]) - top))
+            s0 = s1 = s2 = s3 = 0.0
+            whole = n // 4 * 4
+            for j in range(0, whole, 4):
+                s0 += p[j]
+                s1 += p[j + 1]
+                s2 += p[j + 2]
+                s3 += p[j + 3]
+            for j in range(whole, n):
+                s0 += p[j]
+            total = numba.float32((s0 + s1) + (s2 + s3))
+            y_at = a[w.Y] + (t * a[w.Y_STRIDE] + head * v_dim) * 4
+            y = f32_at(y_at)
+            for c in range(v_dim):
+                y[c] = numba.float32(0.0)
+            kv_weighted(spec, kind, scratch, v, v_dim, v_dim * size, n, y_at)
+            for c in range(whole_v, v_dim):
+                for j in range(n):
+                    y[c] = fma32(p[j], load_value(spec, kind, v + (j * v_dim + c) * size), y[c])
+            for c in range(v_dim):
+                y[c] = y[c] / total
+
+    return kernel(attend)

@@ -1,0 +1,75 @@
+"""Files written once and kept: good ones must open for ever, hostile ones must be refused in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_golden import GOLDEN, RECORD, build, describe
+
+from halfbyte.formats.container import File
+from halfbyte.formats.encodings import ENCODINGS
+from halfbyte.formats.errors import FormatError
+from halfbyte.formats.ops import OPS
+
+ERRORS = Path(__file__).resolve().parent / "golden_errors"
+GOOD = json.loads(RECORD.read_text())
+HOSTILE = json.loads((ERRORS / "expected.json").read_text())
+
+
+def test_the_folders_are_what_the_records_say() -> None:
+    """No file without an expectation, no expectation without a file, every encoding, nothing large."""
+    assert {p.name for p in GOLDEN.glob("*.hb")} == set(GOOD)
+    assert {p.name for p in ERRORS.glob("*.hb")} == set(HOSTILE)
+    assert {f"1.0-{e.name}.hb" for e in ENCODINGS} <= set(GOOD)
+    assert all(p.stat().st_size < 24 << 10 for p in (*GOLDEN.glob("*.hb"), *ERRORS.glob("*.hb")))
+
+
+@pytest.mark.parametrize("name", sorted(GOOD))
+def test_good_file(name: str) -> None:
+    """Same bytes, same dequantised bits, same logits on the reference (float functions differ by machine)."""
+    now, kept = describe(GOLDEN / name), GOOD[name]
+    assert now["sha256"] == kept["sha256"]
+    assert now["values"] == kept["values"]
+    for key, rows in kept["logits"].items():
+        want = np.array(rows)
+        assert np.abs(want).max() > 1e-3
+        np.testing.assert_allclose(np.array(now["logits"][key]), want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_golden_program_uses_every_op() -> None:
+    """What is kept covers the whole op table of its version."""
+    file = File(GOLDEN / "1.0-q4.hb")
+    assert {int(r["code"]) for r in file.program} == {op.code for op in OPS}
+    assert file.metadata["general.source_digest"] == b"\x00\x01\xff"
+    assert file.section("TOKN") == b'{"model":"golden"}' and file.section("TMPL") == b"{{ messages }}"
+
+
+def test_writing_is_deterministic(tmp_path: Path) -> None:
+    """The same model gives the same bytes."""
+    a = build("q4", 4).write(tmp_path / "a.hb").path.read_bytes()
+    assert a == build("q4", 4).write(tmp_path / "b.hb").path.read_bytes()
+
+
+def test_golden_files_are_not_rewritten() -> None:
+    """The script refuses, with and without its flag, while the version has files."""
+    script = Path(__file__).resolve().parent / "make_golden.py"
+    before = RECORD.read_bytes()
+    for flags in ([], ["--new-version"]):
+        done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
+        assert done.returncode == 1 and "golden files" in done.stderr
+    assert RECORD.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", sorted(HOSTILE))
+def test_hostile_file(name: str) -> None:
+    """The intended check fires; the message is one line and names the file."""
+    with pytest.raises(FormatError) as caught:
+        File(ERRORS / name).verify()
+    message = str(caught.value)
+    assert HOSTILE[name] in message
+    assert len(message.splitlines()) == 1 and name in message

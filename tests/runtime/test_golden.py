@@ -1,0 +1,77 @@
+"""The main job on real weights: ids, logits and nll computed elsewhere in float64, on every backend."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import halfbyte
+from halfbyte.runtime.evaluate import log_softmax
+
+# (golden entry, source, recipe)
+SOURCES = [
+    ("stories260K", "stories260K/stories260K.legacy_f32.bin", "f32"),
+    ("stories260K", "stories260K/stories260K.v1_f32.bin", "f32"),
+    ("stories260K", "stories260K/stories260K.gguf", "f32"),
+    ("stories260K.q8_0-weights", "stories260K/stories260K.v2_q8_0.bin", "keep"),
+    ("tinystories-656k", "tinystories-656k", "f32"),
+]
+
+
+def stories(shared_data: Path) -> list[str]:
+    """The 24 evaluation stories, as golden_float64.json defines them."""
+    text = (shared_data / "text" / "tinystories.txt").read_text()
+    return [s for s in (p.strip() for p in text.split("<|endoftext|>")) if 400 < len(s) < 1400][:24]
+
+
+def nll(model: Any, text: str, context: int = 512) -> float:
+    ids = model.tokenizer.encode(text)[:context]
+    logits = model.session().feed_all(ids[:-1])
+    return -float(log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]].sum())
+
+
+@pytest.fixture(params=SOURCES, ids=lambda s: s[1].rsplit("/", 1)[-1])
+def real(request: pytest.FixtureRequest, shared_data: Path, tmp_path: Path) -> tuple[dict[str, Any], Path]:
+    """(golden entry, converted file) of one source."""
+    key, source, recipe = request.param
+    golden = json.loads((shared_data / "golden_float64.json").read_text())[key]
+    return golden, halfbyte.convert(shared_data / source, tmp_path / "m.hb", recipe=recipe)
+
+
+def test_greedy_ids_and_first_logits(real: tuple[dict[str, Any], Path], backend: str) -> None:
+    golden, path = real
+    model = halfbyte.load(path, backend=backend, policy="f32")
+    assert model.tokenizer.encode(golden["prompt"]) == golden["prompt_ids"]
+    session = model.session()
+    logits = session.feed(golden["prompt_ids"])
+    np.testing.assert_allclose(logits, golden["last_prompt_logits"], rtol=0, atol=1e-4)
+    ids = list(golden["prompt_ids"])
+    while len(ids) < len(golden["greedy_ids"]):
+        ids.append(int(logits.argmax()))
+        logits = session.feed(ids[-1:])
+    assert ids == golden["greedy_ids"]
+
+
+def test_nll_of_every_story(real: tuple[dict[str, Any], Path], backend: str, shared_data: Path) -> None:
+    golden, path = real
+    model = halfbyte.load(path, backend=backend, policy="f32")
+    got = [nll(model, s) for s in stories(shared_data)]
+    np.testing.assert_allclose(got, golden["eval"]["nll_per_story"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["stories260K/stories260K.legacy_f32.bin", "tinystories-656k"])
+def test_q8_keeps_nll_and_q4_keeps_its_size(source: str, shared_data: Path, tmp_path: Path) -> None:
+    texts = stories(shared_data)
+    total = {}
+    for recipe in ("f32", "q8", "q4"):
+        path = halfbyte.convert(shared_data / source, tmp_path / f"{recipe}.hb", recipe=recipe)
+        model = halfbyte.load(path)
+        total[recipe] = sum(nll(model, s) for s in texts)
+        if recipe == "q4" and source == "tinystories-656k":
+            assert 4.25 <= model.facts()["bits_per_weight"] <= 4.35
+    assert abs(total["q8"] / total["f32"] - 1) < 0.002
+    assert (
+        abs(total["q4"] / total["f32"] - 1) < 0.05
+    )  # 4 bits on models this small: recorded, and bounded here
