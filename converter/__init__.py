@@ -48,7 +48,7 @@ def convert(
         raise UsageError(f"{out} is a folder; give the name of a file, such as {out / 'model.hb'}")
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent} does not exist; create it first")
-    with open_checkpoint(source, tokenizer=tokenizer) as checkpoint:
+    with open_checkpoint(Path(source), None if tokenizer is None else Path(tokenizer)) as checkpoint:
         if recipe is None:
             floats = {"f32", "f16", "bf16", "f64"}
             recipe = "keep" if any(checkpoint.dtype(n) not in floats for n in checkpoint.names()) else "q4"
@@ -86,7 +86,7 @@ def _text(checkpoint: Checkpoint, vocab: int) -> tuple[bytes, dict[str, Value]]:
         imported = import_tokenizer(checkpoint.tokenizer_source, vocab)
         json = imported.json
         bos = imported.bos_id if bos is None else bos
-        eos = eos or list(imported.eos_ids)
+        eos = list(dict.fromkeys([*eos, *imported.eos_ids]))
         add_bos = imported.add_bos if add_bos is None else add_bos
     for what, ids in (("bos", [] if bos is None else [bos]), ("eos", eos)):
         for i in ids:

@@ -345,7 +345,7 @@ class File:
                 raise FormatError(f"{self.path}: padding before byte {offset} is not zero")
             covered = offset + length
         for t in self.tensors:
-            if sha256(memoryview(self.raw(t))) != t.digest:
+            if sha256(self.raw(t).data) != t.digest:
                 raise FormatError(f"{self.path}: tensor {t.name} is damaged (its digest does not match)")
             if progress:
                 progress(t.nbytes)

@@ -311,7 +311,7 @@ def explain(
     records: np.ndarray, slots: np.ndarray, caches: np.ndarray, tensors: Sequence[TensorShape]
 ) -> list[dict[str, object]]:
     """One dict a record: index, layer, op, outputs, inputs, weights, attributes, all in words."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for index, r in enumerate(records):
         op = BY_CODE[int(r["code"])]
         attrs: dict[str, object] = {}

@@ -157,7 +157,7 @@ class Writer:
             start += p.offset + panel * p.panel_bytes
         else:
             assert data.nbytes == nbytes
-        self._pwrite(memoryview(np.ascontiguousarray(data)).cast("B"), start)
+        self._pwrite(np.ascontiguousarray(data).data.cast("B"), start)
 
     def _pwrite(self, data: memoryview | bytes, offset: int) -> None:
         view = memoryview(data)

@@ -40,7 +40,8 @@ def bench(
     load_ms = 1e3 * (time.perf_counter() - start)
     if min(prompt, depth) < 0 or tokens < 1 or depth + max(prompt, tokens + 1) > model.context_length:
         raise UsageError(
-            f"{depth} + {max(prompt, tokens + 1)} tokens do not fit the context of {model.context_length}; lower -p, -n or -d"
+            f"{depth} + {max(prompt, tokens + 1)} tokens do not fit the context of {model.context_length};"
+            " lower -p, -n or -d"
         )
     ids = np.random.default_rng(0).integers(0, model.vocab_size, depth + max(prompt, tokens) + 1).tolist()
     session = model.session()

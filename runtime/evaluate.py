@@ -21,7 +21,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def windows(model: Model, text: str, ctx: int) -> list[list[int]]:
-    """The text's tokens in non-overlapping windows of at most `ctx`, each with the start token if the model uses one."""
+    """The text in non-overlapping windows of at most `ctx` tokens, each with the start token if the model uses one."""
     tokenizer = model.tokenizer
     ids = tokenizer.encode(text, bos=False, special=False)
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []

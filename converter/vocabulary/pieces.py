@@ -182,7 +182,8 @@ def _normalizer(vocabulary: PieceVocabulary) -> dict[str, Any]:
         steps.append({"type": "Precompiled", "precompiled_charsmap": encoded})
     if vocabulary.remove_extra_whitespaces:
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        # Not the library's Strip, which would take newlines and tabs too.
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A | \z"}, "content": ""})
     if vocabulary.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
