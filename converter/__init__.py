@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.formats.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from halfbyte.converter.builder import Builder
     from halfbyte.converter.checkpoints.checkpoint import Checkpoint
     from halfbyte.formats.metadata import Value
 
@@ -44,16 +45,16 @@ def convert(
     from halfbyte.converter.recipe import recipe as recipe_named
 
     out = Path(out)
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; give the name of a file, such as {out / 'model.hb'}")
-    if not out.parent.is_dir():
-        raise UsageError(f"{out.parent} does not exist; create it first")
+    _check_out(out, Path(source), None if tokenizer is None else Path(tokenizer))
+    if context is not None and not 1 <= context < 1 << 31:
+        raise UsageError(f"context must be at least 1, not {context}")
     with open_checkpoint(Path(source), None if tokenizer is None else Path(tokenizer)) as checkpoint:
         if recipe is None:
             floats = {"f32", "f16", "bf16", "f64"}
             recipe = "keep" if any(checkpoint.dtype(n) not in floats for n in checkpoint.names()) else "q4"
         b = Builder(checkpoint, recipe_named(recipe), context)
         models.build(b)
+        _check_context(b, context)
         _check_all_used(checkpoint, b)
         json, meta = _text(checkpoint, b.vocab)
         total = sum(t.shape[0] * t.shape[1] for t in b.tensors if len(t.shape) == 2)
@@ -69,6 +70,40 @@ def convert(
 
         assemble(b, out, meta, json, checkpoint.chat_template or "", report)
     return out
+
+
+def _check_out(out: Path, source: Path, tokenizer: Path | None) -> None:
+    """Refuse an output that is not a file's name, or that would destroy what is read."""
+    try:
+        if out.is_dir():
+            raise UsageError(f"{out} is a folder; give the name of a file, such as {out / 'model.hb'}")
+        if not out.parent.is_dir():
+            raise UsageError(f"{out.parent} does not exist; create it first")
+        if not out.exists():
+            return
+        if not out.is_file():
+            raise UsageError(f"{out} is not a regular file")
+        inputs = [source, *(source.iterdir() if source.is_dir() else ())]
+        inputs += [] if tokenizer is None else [tokenizer]
+        if out.suffix != ".hb" and any(p.exists() and p.samefile(out) for p in inputs):
+            raise UsageError(f"{out} is part of the source and would be overwritten; give another name")
+        if source.is_file() and source.samefile(out):
+            raise UsageError(f"{out} is the source itself; give another name")
+    except OSError as error:
+        raise UsageError(f"{error.filename or out}: {error.strerror or error}") from None
+
+
+def _check_context(b: Builder, context: int | None) -> None:
+    """Positions beyond what the model was made for would only give nonsense."""
+    from halfbyte.converter.rope import parameters
+
+    made_for = b.config.integer("max_position_embeddings", 0, minimum=0)
+    scaling = parameters(b.config)
+    factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings", made_for)
+    if isinstance(factor, (int, float)) and isinstance(trained, int):
+        made_for = max(made_for, int(factor * trained))
+    if context is not None and 0 < made_for < context:
+        raise UsageError(f"context {context} is more than the {made_for} positions the model was made for")
 
 
 def _text(checkpoint: Checkpoint, vocab: int) -> tuple[bytes, dict[str, Value]]:
@@ -101,8 +136,10 @@ def _text(checkpoint: Checkpoint, vocab: int) -> tuple[bytes, dict[str, Value]]:
 def _facts(checkpoint: Checkpoint, b: Any, source: Path, recipe: str, parameters: int) -> dict[str, Value]:
     from halfbyte import __version__
 
+    path = source.resolve()
+    name = path.name if path.is_dir() else path.stem  # a folder's dots are part of its name
     return {
-        "general.name": str(checkpoint.config.get("_name_or_path") or source.resolve().stem),
+        "general.name": str(checkpoint.config.get("_name_or_path") or name),
         "general.model_type": str(checkpoint.config.get("model_type")),
         "general.source_format": checkpoint.format,
         "general.source_digest": checkpoint.digest(),

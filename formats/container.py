@@ -123,8 +123,9 @@ def _bad(why: str) -> FormatError:
 class File:
     """An open, validated `.hb` file, mapped read-only.
 
-    Opening checks the header, the section table, every small section's digest, the tensor table and
-    the program; tensor bytes are checked by `verify`. Raises FormatError in one line.
+    Opening checks the header, the section table, the metadata, the tensor table and the program, with
+    the digests of their sections; the tokenizer's digest is checked when it is read, and everything
+    else by `verify`. Raises FormatError in one line.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -178,6 +179,10 @@ class File:
         missing = [k for k, (required, _) in SECTIONS.items() if required and k not in self.sections]
         if missing:
             raise _bad(f"section {missing[0]} is missing")
+        try:
+            self._section("TMPL").decode()
+        except UnicodeDecodeError:
+            raise _bad("section TMPL is not UTF-8") from None
         self.metadata = metadata.decode(self._section("META"))
         self.slots = self._records("SLOT", program.SLOT_DTYPE)
         self.caches = self._records("KVCA", program.CACHE_DTYPE)

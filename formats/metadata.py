@@ -28,6 +28,8 @@ def _encode(value: Value) -> tuple[str, bytes]:
         return "str", value.encode()
     if isinstance(value, bytes):
         return "bytes", value
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"no type holds a {type(value).__name__}")
     if all(isinstance(v, int) for v in value):
         return "ints", struct.pack(f"<{len(value)}q", *value)
     if all(isinstance(v, str) for v in value):

@@ -6,6 +6,7 @@ add up and the record that is wrong is the one that is named.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -45,11 +46,17 @@ class Outcome:
 
 
 def lockstep(
-    file: File, backend: str, policy: str, seed: int = 0, threads: int | None = None
+    file: File,
+    backend: str,
+    policy: str,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Outcome]:
     """Compare on seeded random token ids, for steps of 1, 2, 3, 8 and 33 rows in sequence.
 
-    Returns one outcome an (op, encoding), in order of first appearance.
+    Returns one outcome an (op, encoding), in order of first appearance. progress: called before every
+    record with (op, records done, records in all).
     """
     reference = Reference(file, policy)
     other = backend_class(backend)(file, policy, threads)
@@ -69,7 +76,7 @@ def lockstep(
             steps.append(
                 Step(ids, positions, np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32), [kv])
             )
-        _step(file, reference, other, steps[0], steps[1], found, policy)
+        _step(file, reference, other, steps[0], steps[1], found, policy, progress)
         position += rows
     return list(found.values())
 
@@ -82,12 +89,14 @@ def _step(
     theirs: Step,
     found: dict[tuple[str, str], Outcome],
     policy: str,
+    progress: Callable[[str, int, int], None] | None,
 ) -> None:
     reference.begin(ours)
     other.begin(theirs)
-    seen: set[int] = set()
     for i, record in enumerate(file.program):
         op = BY_CODE[int(record["code"])]
+        if progress:
+            progress(op.name, sum(o.records for o in found.values()), len(ROWS) * len(file.program))
         for s in operands(record, "in"):
             if s is not None:
                 other.slot(s, theirs)[:] = reference.slot(s, ours)
@@ -95,7 +104,6 @@ def _step(
         other.run_range(theirs, i, i + 1)
         if op.name == "kv_put":
             c = int(record["attr"][0])
-            seen.add(c)
             want = np.concatenate([ours.kvs[0].k[c].reshape(-1), ours.kvs[0].v[c].reshape(-1)])[None]
             got = np.concatenate([theirs.kvs[0].k[c].reshape(-1), theirs.kvs[0].v[c].reshape(-1)])[None]
         else:
@@ -107,7 +115,7 @@ def _step(
         limit = tolerance(op.name, encoding, policy)
         known = found.setdefault((op.name, encoding), Outcome(op.name, encoding, 0, 0.0, limit, i, True))
         known.records += 1
-        if not error <= known.worst:  # also true for NaN
+        if known.worst == known.worst and not error <= known.worst:  # NaN is the worst, and stays
             known.worst, known.where, known.ok = error, i, bool(error <= limit)
 
 

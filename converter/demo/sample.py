@@ -176,7 +176,7 @@ def load_tinystories656k(folder: Path) -> Teacher:
         config["rope_theta"],
         config["bos_token_id"],
         # this model spells its end marker out in ordinary pieces; "<|" opens nothing else
-        frozenset({config["eos_token_id"], config["bos_token_id"], 0, tokenizer.token_to_id("<|")}),
+        frozenset({config["eos_token_id"], config["bos_token_id"], 0, tokenizer.token_to_id("<|") or 0}),
         weights["lm_head.weight"].float(),
         weights["model.norm.weight"].float(),
         layers,

@@ -144,7 +144,7 @@ def train(
         if step % 50 == 0:
             print(f"step {step}  loss {sum(losses):.4f}  progress {progress:.3f}", flush=True)
     student.weights = best_weights
-    return {"steps": step, "tokens": seen, "sampled_nll": best}
+    return {"steps": step, "tokens": seen, "sampled_nll": best, "minutes": round((now - begun) / 60)}
 
 
 def export(student: Student, tokenizer: Any, out: Path) -> None:
@@ -267,6 +267,7 @@ def quoted(text: str) -> str:
 def main() -> None:
     import torch
     from safetensors.torch import load_file
+    from tokenizers import Tokenizer
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -303,11 +304,17 @@ def main() -> None:
             args.samples.append(path)
 
     real, real_held_out = real_stories(args.data)
-    drawn = clean(s for path in args.samples for s in split_stories(path.read_text(encoding="utf-8")))
+    files = {path.stem: split_stories(path.read_text(encoding="utf-8")) for path in args.samples}
+    drawn = clean(story for stories in files.values() for story in stories)
     random.Random(args.seed).shuffle(drawn)
     drawn_held_out, drawn = drawn[:200], drawn[200:]
     kinds = {"real stories": real, "model samples": drawn}
-    tokenizer = build_tokenizer(real * args.repeat + drawn[:20000], Shape.vocab)
+    tokenizer_file = args.work / "tokenizer.json"
+    if args.export_only:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    else:
+        tokenizer = build_tokenizer(real * args.repeat + drawn[:20000], Shape.vocab)
+        tokenizer.save(str(tokenizer_file), pretty=False)
     rows = {kind: [e.ids for e in tokenizer.encode_batch(stories)] for kind, stories in kinds.items()}
     watch = [e.ids for e in tokenizer.encode_batch(drawn_held_out)]
     checks = {
@@ -337,6 +344,8 @@ def main() -> None:
         kept = sum(len(tokenizer.decode(row[: Shape.context])) for row in ids)
         bits = total / math.log(2) / kept
         measured.append(f"| {name} | {len(stories)} | {count:,} | {total / count:.4f} | {bits:.4f} |")
+    used = set(drawn)
+    texts = kinds | {f"of these, {k}": [s for s in dict.fromkeys(v) if s in used] for k, v in files.items()}
     samples = []
     for prompt, temperature in zip(PROMPTS, (0.0, 0.5, 0.5)):
         how = f"temperature {temperature}, seed {args.seed}" if temperature else "greedy"
@@ -347,7 +356,7 @@ def main() -> None:
             parameters=sum(w.numel() for w in student.weights.values()),
             head_dim=Shape().head_dim,
             epochs=facts["tokens"] / len(stream.tokens),
-            texts="\n".join(f"| {k} | {len(v):,} | {sum(map(len, v)):,} |" for k, v in kinds.items()),
+            texts="\n".join(f"| {k} | {len(v):,} | {sum(map(len, v)):,} |" for k, v in texts.items()),
             measured="\n".join(measured),
             teachers=teacher_line(args.data, real_held_out),
             samples="\n\n".join(samples),
@@ -355,8 +364,8 @@ def main() -> None:
                 k: getattr(Shape, k)
                 for k in ("layers", "dim", "ffn", "heads", "kv_heads", "vocab", "context")
             },
-            **{k: getattr(args, k) for k in ("seed", "minutes", "threads", "repeat")},
-            **{k: facts[k] for k in ("tokens", "steps")},
+            **{k: getattr(args, k) for k in ("seed", "threads", "repeat")},
+            **{k: facts[k] for k in ("tokens", "steps", "minutes")},
         ),
         encoding="utf-8",
     )

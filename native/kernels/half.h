@@ -1,4 +1,5 @@
-/* Exact scalar arithmetic that a baseline machine may lack: binary16, bfloat16 and a true fused multiply-add. */
+/* Exact scalar arithmetic that a baseline machine may lack: binary16, bfloat16 and a true fused multiply-add.
+ */
 #ifndef HB_HALF_H
 #define HB_HALF_H
 
@@ -29,7 +30,8 @@ HB_INLINE float hb_from_bf16(uint16_t h) { return hb_from_bits((uint32_t)h << 16
 
 HB_INLINE float hb_from_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    if (rest >= 0x7c00) return hb_from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000 : 0));
+    if (rest >= 0x7c00)
+        return hb_from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000 : 0));
     /* 2^112 moves the exponent; it also normalises subnormals, exactly */
     float f = hb_from_bits(rest << 13) * hb_from_bits((uint32_t)(127 + 112) << 23);
     return hb_from_bits(hb_to_bits(f) | sign);
@@ -49,8 +51,8 @@ HB_INLINE uint16_t hb_to_f16(float f) {
     return (uint16_t)(sign | (rest - 0x38000000) >> 13);
 }
 
-/* A true fused multiply-add on every machine. Without the instruction: the product is exact in double, the sum
- * is rounded to odd, so that the final rounding is the only one (Boldo and Melquiond, 2008). */
+/* A true fused multiply-add on every machine. Without the instruction: the product is exact in double, the
+ * sum is rounded to odd, so that the final rounding is the only one (Boldo and Melquiond, 2008). */
 HB_INLINE float hb_fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
     return __builtin_fmaf(a, b, c);

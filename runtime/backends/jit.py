@@ -8,10 +8,10 @@ where the file is mapped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def _announcing() -> Iterator[None]:
         yield
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _compiled(factory: str, *choice: Any) -> Any:
     """A kernel by the name of its factory, shared by every backend of this process."""
     from halfbyte.runtime.backends import jit_kernels, jit_rows
@@ -111,7 +111,7 @@ class Jit(Backend):
 
     # ---- binding --------------------------------------------------------------------------------
 
-    def _task(self, kernel: Any, out: int | None, ins: list[int], work: int, **words: int) -> int:
+    def _task(self, kernel: Any, out: int | None, ins: list[int], work: int, /, **words: int) -> int:
         """Append a task; `words` by the lower-case names of jit_tiles."""
         w, row = self._w, [0] * self._w.WORDS
         index = len(self._rows)
@@ -197,7 +197,7 @@ class Jit(Backend):
 
     def _bind_embed(self, out: int, ins: list[int], table: Tensor, bias: int | None) -> None:
         spec, words = self._matrix(table)
-        kernel = _compiled("make_embed", spec._replace(policy="f32"))
+        kernel = _compiled("make_embed", spec._replace(policy="f32", block=0, single=False))
         words["per_group"] = table.group or table.shape[1]
         self._ids.append((self._task(kernel, out, ins, table.shape[1], **words), 0))
         self._table_rows = min(self._table_rows, table.shape[0])
@@ -221,7 +221,6 @@ class Jit(Backend):
             self._quantized.append(task)
         panels = -(-rows // tiles.PANEL)
         self._counts[task] = lambda T: -(-panels // self._span(T))
-        self._rows[task][self._w.PARALLEL] = 1
 
     @staticmethod
     def _span(rows: int) -> int:

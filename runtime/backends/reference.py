@@ -44,13 +44,26 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(F32)
 
 
+def linear_f32(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """float32[T, K] @ float32[rows, K]^T, summed in float64 and rounded once.
+
+    One token at a time, so that a row's result cannot depend on its neighbours through the BLAS library.
+    """
+    y = np.empty((len(x), len(w)), F32)
+    for a in range(0, len(w), 4096):
+        block = w[a : a + 4096].astype(np.float64)
+        for t, row in enumerate(x.astype(np.float64)):
+            y[t, a : a + 4096] = block @ row
+    return y
+
+
 def linear_i8g32(x: np.ndarray, codes: dict[str, np.ndarray], tensor: Tensor) -> np.ndarray:
     """float32[T, K] -> float32[T, rows]: integer dots of blocks, float sums in ascending column order."""
     e = encodings.BY_NAME[tensor.encoding]
     rows, K = tensor.shape
     group = tensor.group if tensor.group else K
     block = min(QUANT_GROUP, group)
-    level = codes["codes"].astype(np.int32) if e.levels is None else np.asarray(e.levels)[codes["codes"]]
+    level = codes["codes"].astype(np.int32) if e.levels is None else np.asarray(e.levels, np.int32)[codes["codes"]]
     scales, mins = codes["scales"], codes.get("mins")
     if e.row_scale:
         k = (scales & 254).astype(np.int32) - 127
@@ -170,7 +183,7 @@ class Reference(Backend):
         """y = x @ matrix^T + bias, under the policy."""
         t = self.file.tensors[matrix]
         if self.policy == "f32" or encodings.BY_NAME[t.encoding].is_float:
-            y = x @ self._memo(matrix, "values").T
+            y = linear_f32(x, self._memo(matrix, "values"))
         else:
             y = linear_i8g32(x, self._memo(matrix, "codes"), t)
         b = self._weight(bias)

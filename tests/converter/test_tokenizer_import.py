@@ -134,6 +134,9 @@ def test_user_defined_pieces_are_cut_out_first() -> None:
 def test_normalizer_flags() -> None:
     tokenizer = runtime(sentencepiece(normalizer=field(4, 1)))
     assert tokenizer.decode(tokenizer.encode("  a   b ")) == "a b"
+    # Only spaces are superfluous: a newline (unknown here) stays.
+    assert [tokenizer.piece(i) for i in tokenizer.encode(" \na ", bos=False)] == ["\u2581", "<unk>", "a"]
+    assert tokenizer.encode("   ", bos=False) == []
     for bad in (field(5, 0),):
         with pytest.raises(TokenizerError, match="whitespace"):
             sentencepiece(normalizer=bad)

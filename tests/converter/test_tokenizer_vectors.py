@@ -1,6 +1,7 @@
 """Tokenizers of every source against published ids and texts."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,26 @@ def test_control_tokens_of_an_older_llama_tokenizer_are_found_anywhere(shared_da
     assert tokenizer.decode(tokenizer.encode("once<|end_story|>"), skip_special=False).endswith(
         "once<|end_story|>"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "rows"), [("tokenizers/llama2/tokenizer.model", 32000), ("stories260K/tok512.model", 512)]
+)
+def test_sentencepiece_itself_agrees(shared_data: Path, model: str, rows: int) -> None:
+    reference = pytest.importorskip("sentencepiece").SentencePieceProcessor(
+        model_file=str(shared_data / model)
+    )
+    source = TokenizerSource("sentencepiece", (shared_data / model).read_bytes())
+    tokenizer = runtime(import_tokenizer(source, rows))
+    vectors = json.loads((shared_data / "tokenizers" / "vectors" / "transformers-js.json").read_bytes())
+    texts = [
+        case["text"] for group in vectors.values() for cases in group.values() for case in cases.values()
+    ]
+    chooser = random.Random(4)
+    letters = " aab be\t\n\u4f60\u597d\U0001f999\u00e9\u200d<s>"
+    texts += ["".join(chooser.choices(letters, k=chooser.randrange(40))) for _ in range(500)]
+    for name in ("tinyshakespeare.txt", "war-and-peace.txt"):
+        lines = (shared_data / "text" / name).read_text("utf-8", "ignore").split("\n")
+        texts += chooser.sample(lines, 300)
+    for text in texts:
+        assert tokenizer.encode(text, bos=False, special=False) == reference.encode(text), repr(text)

@@ -18,13 +18,12 @@ import numpy as np
 from halfbyte.formats import metadata, program
 from halfbyte.formats.container import File
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "ops"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "ops"))
 from parts import Parts, Section, redigest_header
 from programs import Tiny, code_matrix
 
-FOLDER = HERE / "golden_errors"
+FOLDER = Path(__file__).resolve().parent / "golden_errors"
 Change = Callable[[Parts], bytes | None]
 ERRORS: dict[str, tuple[str, Change]] = {}
 
@@ -183,6 +182,11 @@ def flipped_tokenizer_bit(p: Parts) -> bytes:
     body = bytearray(p.build())
     body[np.frombuffer(body, "<u8", 1, 64 + 64 * TOKN + 8)[0]] ^= 1
     return bytes(body)
+
+
+@lie("section TMPL is not UTF-8")
+def template_utf8(p: Parts) -> None:
+    p.blobs[b"TMPL"] = b"\xff"
 
 
 @lie("tensor table is damaged", "tensor_is_damaged")

@@ -1,0 +1,71 @@
+/* The exported functions that are not defined where they work. */
+#include <string.h>
+
+#include "cpu.h"
+#include "exec.h"
+
+int hb_abi_version(void) { return HB_ABI_VERSION; }
+
+const char* hb_isa_name(int isa) {
+    switch (isa) {
+        case HB_ISA_SCALAR:
+            return "scalar";
+        case HB_ISA_AVX2:
+            return "avx2";
+        case HB_ISA_AVX512VNNI:
+            return "avx512vnni";
+        default:
+            return NULL;
+    }
+}
+
+int hb_isa_supported(int isa) { return hb_cpu_supports(isa); }
+
+int hb_kernel_count(void) { return hb_kernel_rows_count; }
+
+int hb_kernel_info_at(int index, int isa, hb_kernel_info* out) {
+    if (index < 0 || index >= hb_kernel_rows_count) return HB_ERROR_RANGE;
+    const hb_kernel_row* r = &hb_kernel_rows[index];
+    out->op = r->op;
+    out->family = r->family;
+    out->isa = hb_isa_name(r->isa);
+    out->name = r->name;
+    out->supported = hb_cpu_supports(r->isa);
+    out->chosen = hb_choose(r->op, r->family, isa == HB_ISA_BEST ? hb_cpu_best() : isa) == r;
+    return HB_OK;
+}
+
+int hb_run(hb_program* program, const hb_step* step, uint32_t first, uint32_t last) {
+    return hb_execute(program, step, first, last);
+}
+
+const char* hb_status_text(int status) {
+    switch (status) {
+        case HB_OK:
+            return "ok";
+        case HB_ERROR_MEMORY:
+            return "out of memory";
+        case HB_ERROR_RANGE:
+            return "the records asked for do not exist";
+        case HB_ERROR_ID:
+            return "a token id is outside the vocabulary";
+        case HB_ERROR_SESSION:
+            return "a row names a session that is not in the step";
+        case HB_ERROR_POSITION:
+            return "a position is not reserved in its cache";
+        case HB_ERROR_PICK:
+            return "a picked row is not in the step";
+        case HB_ERROR_ARGUMENT:
+            return "an argument is wrong";
+        default:
+            return "unknown status";
+    }
+}
+
+int hb_quantize(const float* x, uint32_t cols, uint32_t block, int isa, int8_t* q, float* d, int32_t* sums) {
+    if (block != 4 && block != 8 && block != 16 && block != 32) return HB_ERROR_ARGUMENT;
+    const hb_kernel_row* row = hb_choose("quantize", "any", isa == HB_ISA_BEST ? hb_cpu_best() : isa);
+    if (!row) return HB_ERROR_ARGUMENT;
+    ((hb_quantize_fn*)row->function)(x, cols, block, q, d, sums);
+    return HB_OK;
+}

@@ -1,0 +1,271 @@
+#include "bind.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu.h"
+
+#define HB_KERNEL(op, family, isa, function) \
+    {#op, #family, HB_ISA_##isa, #function, (void (*)(void))function},
+const hb_kernel_row hb_kernel_rows[] = {
+#include "kernels/kernels.inc"
+};
+#undef HB_KERNEL
+const int hb_kernel_rows_count = (int)(sizeof hb_kernel_rows / sizeof hb_kernel_rows[0]);
+
+const hb_kernel_row* hb_choose(const char* op, const char* family, int isa) {
+    for (int i = 0; i < hb_kernel_rows_count; i++) {
+        const hb_kernel_row* r = &hb_kernel_rows[i];
+        if (r->isa <= isa && !strcmp(r->op, op) && !strcmp(r->family, family) && hb_cpu_supports(r->isa))
+            return r;
+    }
+    return NULL;
+}
+
+const char* hb_linear_family(uint32_t encoding, int policy) {
+    switch (encoding) {
+        case HB_ENC_F32:
+        case HB_ENC_F16:
+        case HB_ENC_BF16:
+            return "float";
+        default:
+            break;
+    }
+    if (policy == HB_POLICY_F32) return "dequantised";
+    switch (encoding) {
+        case HB_ENC_Q8:
+            return "q8";
+        case HB_ENC_Q4:
+            return "q4";
+        case HB_ENC_I8:
+        case HB_ENC_A8:
+        case HB_ENC_Z8:
+            return "affine8";
+        default:
+            return "affine4";
+    }
+}
+
+static size_t align_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+/* Takes a matrix apart (the arrangement of formats/tiles.py); a reason when it cannot. */
+static const char* open_matrix(const hb_weight* w, hb_matrix* m) {
+    static const struct {
+        uint32_t encoding, bits;
+        bool mins, zeros;
+    } table[] = {{HB_ENC_Q8, 8, false, false}, {HB_ENC_Q4, 4, false, false}, {HB_ENC_I8, 8, false, false},
+                 {HB_ENC_I4, 4, false, false}, {HB_ENC_A8, 8, true, false},  {HB_ENC_A4, 4, true, false},
+                 {HB_ENC_Z8, 8, false, true},  {HB_ENC_Z4, 4, false, true}};
+    memset(m, 0, sizeof *m);
+    if (w->tile != HB_TILE_P16 || !w->rows || !w->cols || !w->data) return "a matrix is not in p16 tiles";
+    m->encoding = w->encoding, m->rows = w->rows, m->cols = w->cols, m->group = w->group;
+    m->scale_type = w->scale_type, m->codes = w->data;
+    const size_t panels = align_up(w->rows, 16) / 16;
+    size_t need;
+    if (w->encoding == HB_ENC_F32 || w->encoding == HB_ENC_F16 || w->encoding == HB_ENC_BF16) {
+        m->panel_codes = (size_t)w->cols * 16 * (w->encoding == HB_ENC_F32 ? 4 : 2);
+        need = panels * m->panel_codes;
+    } else {
+        size_t i = 0, n = sizeof table / sizeof table[0];
+        while (i < n && table[i].encoding != w->encoding) i++;
+        if (i == n) return "a matrix has an encoding that this library does not know";
+        const bool q4 = w->encoding == HB_ENC_Q4;
+        if (!q4 && (w->scale_type < HB_ENC_F32 || w->scale_type > HB_ENC_BF16))
+            return "a matrix has unknown scales";
+        if (w->group != 0 && w->group % 32 != 0 && w->group != 4 && w->group != 8 && w->group != 16)
+            return "a matrix has a group that this library does not know";
+        const size_t scale = q4 ? 1 : w->scale_type == HB_ENC_F32 ? 4 : 2;
+        m->groups = w->group ? (uint32_t)(align_up(w->cols, w->group) / w->group) : 1;
+        m->block = w->group && w->group < 32 ? w->group : 32;
+        m->blocks = (uint32_t)(align_up(w->cols, m->block) / m->block);
+        m->blocks_per_group = w->group ? w->group / m->block : m->blocks;
+        m->panel_codes = align_up(w->cols, HB_COLUMN_PAD) * 16 * table[i].bits / 8;
+        m->panel_scales = m->groups * 16 * scale;
+        m->panel_zeros = (size_t)m->groups * 16;
+        size_t at = align_up(panels * m->panel_codes, HB_ALIGNMENT);
+        m->scales = m->codes + at;
+        need = at + panels * m->panel_scales;
+        if (table[i].mins) {
+            at = align_up(need, HB_ALIGNMENT);
+            m->mins = m->codes + at;
+            need = at + panels * m->panel_scales;
+        }
+        if (table[i].zeros) {
+            at = align_up(need, HB_ALIGNMENT);
+            m->zeros = m->codes + at;
+            need = at + panels * m->panel_zeros;
+        }
+        if (q4) {
+            at = align_up(need, HB_ALIGNMENT);
+            m->row = m->codes + at;
+            need = at + panels * 16;
+        }
+    }
+    return w->nbytes < need ? "a matrix has too few bytes" : NULL;
+}
+
+static float attr_float(const hb_op* op, int i) {
+    float f;
+    memcpy(&f, &op->attr[i], 4);
+    return f;
+}
+
+static uint32_t share_angles(hb_program* p, const float* inv_freq, uint32_t n, float mscale) {
+    for (uint32_t i = 0; i < p->angles_count; i++) {
+        hb_angles* a = &p->angles[i];
+        if (a->inv_freq == inv_freq && a->n == n && a->mscale == mscale) return i;
+    }
+    p->angles[p->angles_count] = (hb_angles){inv_freq, n, mscale, NULL, false};
+    return p->angles_count++;
+}
+
+static const char* bind_op(hb_program* p, hb_bound* b, const hb_weight* weights, uint32_t weight_count) {
+    const hb_op* op = &b->op;
+    for (int i = 0; i < 4; i++) {
+        if (op->in[i] != HB_NONE && op->in[i] >= p->slot_count) return "a slot does not exist";
+        if (op->w[i] != HB_NONE && op->w[i] >= weight_count) return "a tensor does not exist";
+    }
+    if (op->out[0] != HB_NONE && op->out[0] >= p->slot_count) return "a slot does not exist";
+    const int vectors = op->code == HB_OP_LINEAR ? 1 : 0; /* where vector operands start */
+    if (op->code == HB_OP_LINEAR || op->code == HB_OP_EMBED) {
+        if (op->w[0] == HB_NONE) return "the matrix is missing";
+        const char* why = open_matrix(&weights[op->w[0]], &b->matrix);
+        if (why) return why;
+    }
+    for (int i = 0; i < 2 && op->code != HB_OP_EMBED; i++) {
+        uint32_t w = op->w[vectors + i];
+        if (w == HB_NONE) continue;
+        if (weights[w].encoding != HB_ENC_F32 || weights[w].tile != HB_TILE_ROWS)
+            return "a vector is not f32";
+        b->vector[i] = weights[w].data;
+        if (i == 0) b->vector_cols = weights[w].cols;
+    }
+    switch (op->code) {
+        case HB_OP_LINEAR: {
+            const char* family = hb_linear_family(b->matrix.encoding, p->policy);
+            const hb_kernel_row* row = hb_choose("linear", family, p->isa);
+            if (!row) return "no kernel";
+            b->linear = (hb_linear_fn*)row->function;
+            b->quantised = strcmp(family, "float") && strcmp(family, "dequantised");
+            if (b->quantised) {
+                uint32_t cols = (uint32_t)align_up(b->matrix.cols, 32), sums = cols / b->matrix.block;
+                p->quant_cols = cols > p->quant_cols ? cols : p->quant_cols;
+                p->quant_sums = sums > p->quant_sums ? sums : p->quant_sums;
+            }
+            return NULL;
+        }
+        case HB_OP_ROPE:
+            if (!b->vector[0]) return "the frequencies are missing";
+            b->angles = share_angles(p, b->vector[0], b->vector_cols, attr_float(op, HB_ATTR_ROPE_MSCALE));
+            return NULL;
+        case HB_OP_KV_PUT:
+        case HB_OP_ATTEND: {
+            if (op->attr[0] >= p->cache_count) return "a cache does not exist";
+            if (op->code == HB_OP_KV_PUT) return NULL;
+            const hb_cache* c = &p->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
+            uint32_t share = p->slots[op->in[0]].width / c->k_dim / c->kv_heads;
+            size_t need = align_up(hb_attend_scratch(share, c->v_dim), 64);
+            p->scratch_bytes = need > p->scratch_bytes ? need : p->scratch_bytes;
+            return NULL;
+        }
+        case HB_OP_EMBED:
+        case HB_OP_PICK:
+        case HB_OP_RMSNORM:
+        case HB_OP_LAYERNORM:
+        case HB_OP_ADD:
+        case HB_OP_MUL:
+        case HB_OP_UNARY:
+        case HB_OP_GLU:
+            return NULL;
+        default:
+            return "this library does not know the op";
+    }
+}
+
+static void* copy(const void* from, size_t count, size_t size) {
+    void* to = calloc(count ? count : 1, size);
+    if (to && count) memcpy(to, from, count * size);
+    return to;
+}
+
+bool hb_program_reserve(hb_program* p, uint32_t tokens) {
+    if (tokens <= p->tokens) return true;
+    free(p->q), free(p->d), free(p->sums);
+    p->q = NULL, p->d = NULL, p->sums = NULL, p->tokens = 0;
+    bool ok = true;
+    if (p->quant_cols) {
+        ok = !posix_memalign((void**)&p->q, 64, (size_t)tokens * p->quant_cols) &&
+             !posix_memalign((void**)&p->d, 64, (size_t)tokens * (p->quant_cols / 32) * sizeof(float)) &&
+             !posix_memalign((void**)&p->sums, 64, (size_t)tokens * p->quant_sums * sizeof(int32_t));
+    }
+    for (uint32_t i = 0; i < p->angles_count; i++) {
+        free(p->angles[i].table);
+        p->angles[i].table = malloc((size_t)tokens * 2 * p->angles[i].n * sizeof(float));
+        ok = ok && p->angles[i].table;
+    }
+    if (ok) p->tokens = tokens;
+    return ok;
+}
+
+void hb_free(hb_program* p) {
+    if (!p) return;
+    for (uint32_t i = 0; p->angles && i < p->angles_count; i++) free(p->angles[i].table);
+    free(p->ops), free(p->slots), free(p->caches), free(p->angles);
+    free(p->scratch), free(p->q), free(p->d), free(p->sums);
+    free(p);
+}
+
+static void choose_kernels(hb_program* p) {
+#define CHOOSE(name) p->kernels.name = (hb_##name##_fn*)hb_choose(#name, "any", p->isa)->function
+    CHOOSE(quantize);
+    CHOOSE(embed);
+    CHOOSE(rmsnorm);
+    CHOOSE(layernorm);
+    CHOOSE(add);
+    CHOOSE(mul);
+    CHOOSE(unary);
+    CHOOSE(glu);
+    CHOOSE(rope);
+    CHOOSE(kv_put);
+    CHOOSE(attend);
+#undef CHOOSE
+}
+
+hb_program* hb_bind(const hb_op* ops, uint32_t op_count, const hb_slot* slots, uint32_t slot_count,
+                    const hb_cache* caches, uint32_t cache_count, const hb_weight* weights,
+                    uint32_t weight_count, int policy, int isa, hb_pool* pool, char* error,
+                    size_t error_size) {
+    hb_program* p = calloc(1, sizeof *p);
+    if (!p) {
+        snprintf(error, error_size, "out of memory");
+        return NULL;
+    }
+    if (isa == HB_ISA_BEST) isa = hb_cpu_best();
+    p->policy = policy, p->isa = isa, p->pool = pool;
+    p->op_count = op_count, p->slot_count = slot_count, p->cache_count = cache_count;
+    p->ops = calloc(op_count ? op_count : 1, sizeof *p->ops);
+    p->angles = calloc(op_count ? op_count : 1, sizeof *p->angles);
+    p->slots = copy(slots, slot_count, sizeof *slots);
+    p->caches = copy(caches, cache_count, sizeof *caches);
+    p->scratch_bytes = HB_LINEAR_SCRATCH;
+    const char* why = NULL;
+    uint32_t at = 0;
+    if (!p->ops || !p->angles || !p->slots || !p->caches)
+        why = "out of memory";
+    else if (!hb_cpu_supports(isa) || (policy != HB_POLICY_F32 && policy != HB_POLICY_I8G32) || !pool)
+        why = "this machine does not have that instruction set, or the arguments are wrong";
+    else
+        choose_kernels(p);
+    for (; !why && at < op_count; at++) {
+        p->ops[at].op = ops[at];
+        why = bind_op(p, &p->ops[at], weights, weight_count);
+        if (why) break;
+    }
+    if (!why && posix_memalign((void**)&p->scratch, 64, p->scratch_bytes * (size_t)hb_pool_threads(pool)))
+        why = "out of memory";
+    if (!why) return p;
+    snprintf(error, error_size, "record %u: %s", at, why);
+    hb_free(p);
+    return NULL;
+}

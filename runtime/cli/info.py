@@ -1,0 +1,91 @@
+"""Show what a .hb file holds. Opening it checks everything but the bytes of the weights."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.runtime.cli.arguments import add_json
+from halfbyte.runtime.cli.terminal import print_json, print_table, printable, size
+
+if TYPE_CHECKING:
+    from halfbyte.formats.container import File
+
+HELP = "show what a .hb file holds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `info`."""
+    parser.add_argument("file", help="a .hb file")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts."""
+    from halfbyte.formats.container import File
+
+    found = facts(File(args.file))
+    if args.json:
+        print_json(found)
+    else:
+        _print(found)
+    return 0
+
+
+def facts(file: File) -> dict[str, Any]:
+    """Everything `info --json` prints; sizes in bytes."""
+    from halfbyte.runtime.model import weight_facts
+
+    values = sum(int(c["kv_heads"]) * (int(c["k_dim"]) + int(c["v_dim"])) for c in file.caches)
+    return {
+        "path": str(file.path),
+        "format_version": ".".join(map(str, file.version)),
+        **weight_facts(file),
+        "metadata": dict(file.metadata),
+        "sections": [{"kind": k, "offset": o, "bytes": n} for k, (o, n, _) in file.sections.items()],
+        "tensors": len(file.tensors),
+        "program_records": len(file.program),
+        "kv_values_per_token": values,
+        "tokenizer": "TOKN" in file.sections,
+        "chat_template": "TMPL" in file.sections,
+    }
+
+
+def _print(found: dict[str, Any]) -> None:
+    yes = {True: "yes", False: "no"}
+    rows = [
+        ("file", found["path"]),
+        ("format", f"halfbyte {found['format_version']}"),
+        ("size", f"{size(found['file_bytes'])} ({found['file_bytes']} bytes)"),
+        ("digest", found["digest"]),
+        ("bits per weight", f"{found['bits_per_weight']:.3f} over {found['matrix_weights']} matrix weights"),
+        ("read per token", size(found["weight_bytes_per_token"])),
+        ("keys and values", f"{found['kv_values_per_token']} numbers a token"),
+        ("program", f"{found['program_records']} records, {found['tensors']} tensors"),
+        ("tokenizer", yes[found["tokenizer"]]),
+        ("chat template", yes[found["chat_template"]]),
+        *((key, _short(value)) for key, value in found["metadata"].items()),
+    ]
+    width = max(len(printable(key)) for key, _ in rows)
+    for key, value in rows:
+        print(f"{printable(key):<{width}}  {printable(value)}")
+    print()
+    print_table(
+        [
+            (name, e["tensors"], e["weights"], e["bytes"], f"{e['bits_per_weight']:.3f}")
+            for name, e in found["encodings"].items()
+        ],
+        ("encoding", "tensors", "weights", "bytes", "bits/weight"),
+        " rrrr",
+    )
+    print()
+    print_table(
+        [(s["kind"], s["offset"], s["bytes"]) for s in found["sections"]],
+        ("section", "offset", "bytes"),
+        " rr",
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

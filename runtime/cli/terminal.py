@@ -1,0 +1,100 @@
+"""What commands print: tables, JSON, sizes, and progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+
+def one_line(message: object) -> str:
+    """The text of a message in one line; control characters, which could steer a terminal, are escaped."""
+    return printable(re.sub(r"\s*[\r\n]\s*", " ", str(message)).strip())
+
+
+def printable(value: object) -> str:
+    """Text from a file, safe for a terminal: what is not printable is escaped."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_table(rows: Sequence[Sequence[object]], header: Sequence[str], right: str = "") -> None:
+    """Columns under a header; `right` has an 'r' at each column that is aligned to the right."""
+    text = [list(header), *([printable("" if v is None else v) for v in row] for row in rows)]
+    widths = [max(len(row[i]) for row in text) for i in range(len(header))]
+    for row in text:
+        cells = [
+            v.rjust(w) if right[i : i + 1] == "r" else v.ljust(w) for i, (v, w) in enumerate(zip(row, widths))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def print_json(value: Any) -> None:
+    """One JSON object; numbers that JSON lacks (NaN, infinity) become null."""
+    print(json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item"):  # a NumPy scalar
+        return _jsonable(value.item())
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: 1234567 is '1.23 MB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+
+
+class Progress:
+    """A bar on a terminal's stderr; silent in a pipe. Call it with (what is done now, done, total)."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[now]}", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self.title, total=None, now="")
+            self._bar.start()
+        return self
+
+    def __call__(self, now: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, now=printable(now)[:40])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
