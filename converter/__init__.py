@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.formats.errors import CheckpointError, UsageError
+from halfbyte.formats.errors import CheckpointError, FormatError, UsageError
 
 if TYPE_CHECKING:
     from halfbyte.converter.builder import Builder
@@ -56,7 +56,9 @@ def convert(
         models.build(b)
         _check_context(b, context)
         _check_all_used(checkpoint, b)
+        _check_program(b)
         json, meta = _text(checkpoint, b.vocab)
+        template = _unicode(checkpoint.chat_template or "", "the chat template")
         total = sum(t.shape[0] * t.shape[1] for t in b.tensors if len(t.shape) == 2)
         parameters = total + sum(t.shape[0] for t in b.tensors if len(t.shape) == 1)
         meta |= _facts(checkpoint, b, Path(source), recipe, parameters)
@@ -68,7 +70,7 @@ def convert(
             if progress:
                 progress(name, done, total)
 
-        assemble(b, out, meta, json, checkpoint.chat_template or "", report)
+        assemble(b, out, meta, json, template, report)
     return out
 
 
@@ -106,6 +108,31 @@ def _check_context(b: Builder, context: int | None) -> None:
         raise UsageError(f"context {context} is more than the {made_for} positions the model was made for")
 
 
+def _check_program(b: Builder) -> None:
+    """What the reader would refuse is found before anything is written."""
+    from halfbyte.formats import program, tiles
+
+    tensors = [
+        program.TensorShape(
+            t.name, tiles.P16 if len(t.shape) == 2 else tiles.ROWS, t.shape, len(t.shape) == 1
+        )
+        for t in b.tensors
+    ]
+    try:
+        program.verify(*b.finish(), tensors, b.vocab)
+    except FormatError as error:
+        raise CheckpointError(f"config.json makes no sense: {error}") from None
+
+
+def _unicode(text: str, what: str) -> str:
+    """JSON can spell halves of characters, which no UTF-8 holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{what} is not valid Unicode") from None
+    return text
+
+
 def _text(checkpoint: Checkpoint, vocab: int) -> tuple[bytes, dict[str, Value]]:
     """The tokenizer as JSON (empty when the checkpoint has none) and the metadata that goes with it."""
     generation = checkpoint.generation
@@ -139,7 +166,9 @@ def _facts(checkpoint: Checkpoint, b: Any, source: Path, recipe: str, parameters
     path = source.resolve()
     name = path.name if path.is_dir() else path.stem  # a folder's dots are part of its name
     return {
-        "general.name": str(checkpoint.config.get("_name_or_path") or name),
+        "general.name": str(checkpoint.config.get("_name_or_path") or name)
+        .encode("utf-8", "replace")
+        .decode(),
         "general.model_type": str(checkpoint.config.get("model_type")),
         "general.source_format": checkpoint.format,
         "general.source_digest": checkpoint.digest(),

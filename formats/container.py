@@ -188,18 +188,16 @@ class File:
         self.caches = self._records("KVCA", program.CACHE_DTYPE)
         self.program = self._records("PROG", program.OP_DTYPE)
         self.tensors = self._read_tensors()
-        vocab = self.metadata.get("model.vocab_size")
-        context = self.metadata.get("model.context_length")
-        for key, value in (("model.vocab_size", vocab), ("model.context_length", context)):
-            if type(value) is not int or not 0 < value < 1 << 31:
-                raise _bad(f"metadata lacks {key}, or it is not an int from 1 to 2^31 - 1")
+        metadata.check_keys(self.metadata)
+        vocab = self.metadata["model.vocab_size"]
         assert isinstance(vocab, int)
         program.verify(self.program, self.slots, self.caches, [t.program_shape for t in self.tensors], vocab)
 
     def _read_section(self, s: np.void, end: int) -> int:
-        kind = bytes(s["kind"]).decode("ascii", "backslashreplace")
-        if not kind.isprintable():
-            raise _bad(f"section {kind!r}: its kind is not printable ASCII")
+        letters = bytes(s["kind"])
+        if len(letters) != 4 or not all(0x20 < c < 0x7F for c in letters):
+            raise _bad(f"section {letters!r}: its kind is not four printable ASCII characters")
+        kind = letters.decode("ascii")
         offset, length = int(s["offset"]), int(s["length"])
         if kind not in SECTIONS and int(s["flags"]) & MUST_UNDERSTAND:
             raise _bad(f"section {kind!r} must be understood and is not; upgrade halfbyte")
@@ -263,8 +261,10 @@ class File:
             name = names[at : at + n].decode()
         except UnicodeDecodeError:
             raise _bad(f"tensor {i}: its name is not UTF-8") from None
-        if not name.isprintable():  # names are shown on terminals, and errors are one line
-            raise _bad(f"tensor {i}: its name {name!r} is not printable")
+        if any(
+            c < " " or "\x7f" <= c <= "\x9f" or c in "\u2028\u2029" for c in name
+        ):  # names are shown on terminals, and errors are one line
+            raise _bad(f"tensor {i}: its name {name!r} has control characters")
         e = BY_CODE.get(int(r["encoding"]))
         if e is None:
             raise _bad(f"tensor {name}: unknown encoding {int(r['encoding'])}; a newer halfbyte may know it")

@@ -16,6 +16,32 @@ TYPES = {"bool": 1, "int": 2, "float": 3, "str": 4, "bytes": 5, "ints": 6, "floa
 _NAMES = {v: k for k, v in TYPES.items()}
 _HEAD = struct.Struct("<HHI")
 
+# Keys with a meaning: key -> (type, required, meaning). Any other key may hold anything (SPEC.md section 12).
+KEYS: dict[str, tuple[str, bool, str]] = {
+    "general.name": ("str", False, "name of the model, for display"),
+    "general.model_type": (
+        "str",
+        False,
+        "architecture of the checkpoint it came from; never changes how it runs",
+    ),
+    "general.source_format": ("str", False, "kind of checkpoint it came from"),
+    "general.source_digest": ("str", False, "SHA-256, in hexadecimal, that identifies that checkpoint"),
+    "general.tool_version": ("str", False, "version of the tool that wrote the file"),
+    "general.recipe": ("str", False, "how the weights were quantised"),
+    "general.parameters": ("int", False, "number of weights of the model"),
+    "model.vocab_size": ("int", True, "number of token ids, and columns of the logits; 1 to 2^31 - 1"),
+    "model.context_length": ("int", True, "positions that a session may use; 1 to 2^31 - 1"),
+    "model.layers": ("int", False, "number of layers, for display"),
+    "model.hidden_size": ("int", False, "width of the residual stream, for display"),
+    "tokenizer.bos_id": ("int", False, "token that starts a text"),
+    "tokenizer.eos_ids": ("ints", False, "tokens that end a generation"),
+    "tokenizer.add_bos": ("bool", False, "whether encoding a text puts bos_id first; default false"),
+    "generation.temperature": ("float", False, "suggested default"),
+    "generation.top_k": ("int", False, "suggested default"),
+    "generation.top_p": ("float", False, "suggested default"),
+}
+_POSITIVE_INT32 = ("model.vocab_size", "model.context_length")
+
 
 def _encode(value: Value) -> tuple[str, bytes]:
     if isinstance(value, bool):
@@ -83,6 +109,20 @@ def _decode(kind: str, value: bytes) -> Value:
     if len(value) % 8:
         raise ValueError("length is not a multiple of 8")
     return list(struct.unpack(f"<{len(value) // 8}{'q' if kind == 'ints' else 'd'}", value))
+
+
+def check_keys(metadata: dict[str, Value]) -> None:
+    """Refuse known keys of another type, missing required ones and sizes that are out of range."""
+    for key, (kind, required, _) in KEYS.items():
+        if key not in metadata:
+            if required:
+                raise FormatError(f"metadata lacks {key}")
+            continue
+        value = metadata[key]
+        if _encode(value)[0] != kind:
+            raise FormatError(f"metadata {key} is not of type {kind}")
+        if key in _POSITIVE_INT32 and not (isinstance(value, int) and 0 < value < 1 << 31):
+            raise FormatError(f"metadata {key} {value!r} is out of range")
 
 
 def decode(data: bytes) -> dict[str, Value]:

@@ -133,7 +133,9 @@ static const char* bind_op(hb_program* p, hb_bound* b, const hb_weight* weights,
         const char* why = open_matrix(&weights[op->w[0]], &b->matrix);
         if (why) return why;
     }
-    for (int i = 0; i < 2 && op->code != HB_OP_EMBED; i++) {
+    const bool has_vectors =
+        op->code == HB_OP_RMSNORM || op->code == HB_OP_LAYERNORM || op->code == HB_OP_ROPE;
+    for (int i = 0; i < 2 && (has_vectors || vectors); i++) {
         uint32_t w = op->w[vectors + i];
         if (w == HB_NONE) continue;
         if (weights[w].encoding != HB_ENC_F32 || weights[w].tile != HB_TILE_ROWS)

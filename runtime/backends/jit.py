@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -77,11 +78,16 @@ class Jit(Backend):
 
     def bind(self) -> None:
         """Compile or load the kernels that the program needs and lay out its tasks."""
+        # libgomp, Numba's usual pool, spins for milliseconds between tasks unless told otherwise; on
+        # busy cores that costs more than the work. Read when the library is loaded.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         import numba
 
         from halfbyte.runtime.backends import jit_isa, jit_kernels, jit_tiles
 
-        self.threads = min(self.threads, numba.config.NUMBA_NUM_THREADS)
+        limit: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 (set at run time)
+        self.threads: int = min(self.threads, limit)
         self.isa = jit_isa.choose_isa()
         self._halves = "half" if jit_isa.converts_halves(self.isa) else "soft"
         self._key = jit_kernels.digest()
@@ -346,14 +352,16 @@ class Jit(Backend):
                 self._kv[c, j] = _address(kv.k[c]), _address(kv.v[c]), kv.k[c].shape[1]
         longest = int(positions.max()) + 1 if len(positions) else 0
         row = tiles.align(longest, 16) + 16
-        scratch = self._grown("attend", row * self.threads, np.float32)
+        shares = int(table[[task for task, _, _ in self._cached], w.HALF].max())
+        scratch = self._grown("attend", row * shares * self.threads, np.float32)
         spec = f"{self.isa}|{self._halves}|{self._key}"
         base = _address(self._kv)
         reads = int(positions.astype(np.int64).sum()) + len(positions)
         with _announcing():
-            kernels = {name: _compiled(name, spec, kind).address for _, _, name in self._cached}
-        for task, cache, name in self._cached:
-            table[task, w.KERNEL] = kernels[name]
+            for task, _, name in self._cached:
+                share = (int(table[task, w.HALF]),) if name == "make_attend" else ()
+                table[task, w.KERNEL] = _compiled(name, spec, kind, *share).address
+        for task, cache, _ in self._cached:
             table[task, w.KV] = base + cache * n * 24
         tasks = [task for task, _, _ in self._cached]
         table[tasks, w.POSITIONS], table[tasks, w.SESSIONS] = _address(positions), _address(sessions)

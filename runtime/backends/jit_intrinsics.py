@@ -18,83 +18,119 @@ from halfbyte.runtime.backends.jit_tiles import accumulators, emitter, loop
 
 # ---- attention --------------------------------------------------------------------------------
 
-_EIGHT = 8  # positions whose lane sums are added together
+
+def positions_at_once(heads: int) -> int:
+    """Positions whose lane sums are kept in registers together, for so many query heads."""
+    return 4 if heads == 4 else 8
 
 
 @intrinsic(prefer_literal=True)
 def kv_dots(
-    typingctx: Any, spec: Any, kind: Any, q: Any, k: Any, dim: Any, row: Any, n: Any, out: Any
+    typingctx: Any,
+    spec: Any,
+    kind: Any,
+    heads: Any,
+    q: Any,
+    k: Any,
+    dim: Any,
+    row: Any,
+    n: Any,
+    out: Any,
+    out_row: Any,
 ) -> Any:
-    """out[j] = sum over the first dim // 16 * 16 columns of q * k[j]; k rows are `row` bytes apart.
+    """out[s, j] = sum over the first dim // 16 * 16 columns of q[s] * k[j], for `heads` rows of q.
 
-    16 lanes of fused sums, then neighbouring lanes added pairwise: the same for every j and n.
+    k rows are `row` bytes apart, rows of out `out_row`. 16 lanes of fused sums, then neighbouring
+    lanes added pairwise: the same operations for every j, n and number of heads.
     """
-    text, stored = spec.literal_value, kind.literal_value
+    text, stored, together = spec.literal_value, kind.literal_value, heads.literal_value
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
         e, b = emitter(builder, text), builder
-        _, _, q_, k_, dim_, row_, n_, out_ = values
-        size = FLOAT_BYTES[stored]
+        q_, k_, dim_, row_, n_, out_, out_row_ = values[3:]
+        size, most = FLOAT_BYTES[stored], positions_at_once(together)
         chunks = b.sdiv(dim_, e.i64(LANES))
         even, odd = list(range(0, 32, 2)), list(range(1, 32, 2))
+        queries = [e.offset(q_, e.scaled(dim_, 4 * s)) for s in range(together)]
+
+        def lane_sums(level: list[ir.Value]) -> ir.Value:
+            count = len(level)
+            while len(level) > 1:
+                pairs = zip(level[::2], level[1::2])
+                level = [b.fadd(e.pick(lo, hi, even), e.pick(lo, hi, odd)) for lo, hi in pairs]
+            v = level[0]
+            while v.type.count > count:
+                half = v.type.count // 2
+                v = b.fadd(e.pick(v, v, even[:half]), e.pick(v, v, odd[:half]))
+            return v
 
         def rows(first: ir.Value, count: int) -> None:
             base = [e.offset(k_, e.scaled(b.add(first, e.i64(r)), row_)) for r in range(count)]
-            acc = accumulators(b, count)
+            acc = [accumulators(b, count) for _ in queries]
             with loop(b, e.i64(0), chunks) as (c, _):
-                x = e.load_floats(e.offset(q_, e.scaled(c, LANES * 4)), "f32")
+                xs = [e.load_floats(e.offset(at, e.scaled(c, LANES * 4)), "f32") for at in queries]
                 for r in range(count):
                     y = e.load_floats(e.offset(base[r], e.scaled(c, LANES * size)), stored)
-                    b.store(e.fma(x, y, b.load(acc[r])), acc[r])
-            level = [b.load(a) for a in acc]
-            while len(level) > 1:
-                level = [
-                    b.fadd(e.pick(lo, hi, even), e.pick(lo, hi, odd))
-                    for lo, hi in zip(level[::2], level[1::2])
-                ]
-            v = level[0]
-            while v.type.count > count:
-                v = b.fadd(e.pick(v, v, even[: v.type.count // 2]), e.pick(v, v, odd[: v.type.count // 2]))
-            e.store(v, e.offset(out_, e.scaled(first, 4)))
+                    for s, x in enumerate(xs):
+                        b.store(e.fma(x, y, b.load(acc[s][r])), acc[s][r])
+            for s, sums in enumerate(acc):
+                at = e.offset(out_, e.scaled(out_row_, s), e.scaled(first, 4))
+                e.store(lane_sums([b.load(a) for a in sums]), at)
 
-        groups = b.sdiv(n_, e.i64(_EIGHT))
+        groups = b.sdiv(n_, e.i64(most))
         with loop(b, e.i64(0), groups) as (i, _):
-            rows(e.scaled(i, _EIGHT), _EIGHT)
-        with loop(b, e.scaled(groups, _EIGHT), n_) as (i, _):
+            rows(e.scaled(i, most), most)
+        with loop(b, e.scaled(groups, most), n_) as (i, _):
             rows(i, 1)
         return context.get_dummy_value()
 
-    i = types.int64
-    return types.void(spec, kind, i, i, i, i, i, i), generate
+    return types.void(spec, kind, heads, *[types.int64] * 7), generate
 
 
 @intrinsic(prefer_literal=True)
 def kv_weighted(
-    typingctx: Any, spec: Any, kind: Any, p: Any, v: Any, dim: Any, row: Any, n: Any, out: Any
+    typingctx: Any,
+    spec: Any,
+    kind: Any,
+    heads: Any,
+    p: Any,
+    p_row: Any,
+    v: Any,
+    dim: Any,
+    row: Any,
+    n: Any,
+    out: Any,
 ) -> Any:
-    """out[c] = fma(p[j], v[j, c], out[c]) for ascending j < n, over the first dim // 16 * 16 columns."""
-    text, stored = spec.literal_value, kind.literal_value
+    """out[s, c] = fma(p[s, j], v[j, c], out[s, c]) for ascending j < n.
+
+    Over the first dim // 16 * 16 columns, for `heads` rows of p (`p_row` bytes apart) and out.
+    """
+    text, stored, together = spec.literal_value, kind.literal_value, heads.literal_value
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
         e, b = emitter(builder, text), builder
-        _, _, p_, v_, dim_, row_, n_, out_ = values
+        p_, p_row_, v_, dim_, row_, n_, out_ = values[3:]
         size = FLOAT_BYTES[stored]
         chunks = b.sdiv(dim_, e.i64(LANES))
+        weights = [e.offset(p_, e.scaled(p_row_, s)) for s in range(together)]
 
         def columns(first: ir.Value, count: int) -> None:
-            at = [e.offset(out_, e.scaled(first, LANES * 4), c * LANES * 4) for c in range(count)]
+            at = [e.offset(out_, e.scaled(dim_, 4 * s), e.scaled(first, LANES * 4)) for s in range(together)]
             base = e.offset(v_, e.scaled(first, LANES * size))
-            acc = accumulators(b, count)
-            for c in range(count):
-                b.store(e.load_floats(at[c], "f32"), acc[c])
+            acc = [accumulators(b, count) for _ in weights]
+            for s in range(together):
+                for c in range(count):
+                    b.store(e.load_floats(e.offset(at[s], c * LANES * 4), "f32"), acc[s][c])
             with loop(b, e.i64(0), n_) as (j, _):
-                weight = e.splat(e.load(e.offset(p_, e.scaled(j, 4)), F32, 4))
+                ws = [e.splat(e.load(e.offset(w, e.scaled(j, 4)), F32, 4)) for w in weights]
                 line = e.offset(base, e.scaled(j, row_))
                 for c in range(count):
                     y = e.load_floats(e.offset(line, c * LANES * size), stored)
-                    b.store(e.fma(weight, y, b.load(acc[c])), acc[c])
-            for c in range(count):
-                e.store(b.load(acc[c]), at[c])
+                    for s, w in enumerate(ws):
+                        b.store(e.fma(w, y, b.load(acc[s][c])), acc[s][c])
+            for s in range(together):
+                for c in range(count):
+                    e.store(b.load(acc[s][c]), e.offset(at[s], c * LANES * 4))
 
         fours = b.sdiv(chunks, e.i64(4))
         with loop(b, e.i64(0), fours) as (i, _):
@@ -103,8 +139,7 @@ def kv_weighted(
             columns(i, 1)
         return context.get_dummy_value()
 
-    i = types.int64
-    return types.void(spec, kind, i, i, i, i, i, i), generate
+    return types.void(spec, kind, heads, *[types.int64] * 7), generate
 
 
 # ---- memory, bits, calls ------------------------------------------------------------------------

@@ -36,8 +36,9 @@ def cpu_features() -> dict[str, bool]:
     """LLVM feature name -> present, for the CPU that Numba generates code for."""
     from numba.core import config
 
-    if config.CPU_FEATURES is not None or config.CPU_NAME == "generic":
-        listed = (config.CPU_FEATURES or "").split(",")
+    forced = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, NUMBA_CPU_NAME
+    if forced is not None or getattr(config, "CPU_NAME", None) == "generic":
+        listed = (forced or "").split(",")
         return {f[1:]: True for f in listed if f.startswith("+")}
     try:
         return dict(binding.get_host_cpu_features())

@@ -48,9 +48,19 @@ def digest() -> str:
     return h.hexdigest()[:16]
 
 
+def _compile(decorator: Callable, signature: str, function: Callable, **options: Any) -> Any:
+    """Compile with the disk cache; without it where no folder can be written (Numba refuses then)."""
+    try:
+        return decorator(signature, cache=True, error_model="numpy", **options)(function)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        return decorator(signature, error_model="numpy", **options)(function)
+
+
 def kernel(function: Callable) -> Any:
-    """The compiled kernel (an object with `address`), from the disk cache where it is there."""
-    return numba.cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
+    """The compiled kernel: an object with `address`."""
+    return _compile(numba.cfunc, _SIGNATURE, function)
 
 
 def make_driver(key: str, parallel: bool) -> Any:
@@ -58,16 +68,10 @@ def make_driver(key: str, parallel: bool) -> Any:
 
     Indices of a task are handed out one at a time, so that a busy core delays nobody.
     """
+    kind = f"{key}|{parallel}"
 
-    @numba.njit(
-        "void(int64, int64, int64, int64, int64)",
-        parallel=parallel,
-        nogil=True,
-        cache=True,
-        error_model="numpy",
-    )
     def run(table, first, last, threads, counter):
-        keyed(key)
+        keyed(kind)
         for task in range(first, last):
             args = table + task * (w.WORDS * 8)
             a = i64_at(args)
@@ -83,7 +87,8 @@ def make_driver(key: str, parallel: bool) -> Any:
                         call_kernel(kernel, args, i, worker)
                         i = fetch_add(counter)
 
-    return run
+    signature = "void(int64, int64, int64, int64, int64)"
+    return _compile(numba.njit, signature, run, parallel=parallel, nogil=True)
 
 
 # ---- matrices -----------------------------------------------------------------------------------

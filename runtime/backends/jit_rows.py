@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numba
@@ -22,6 +23,8 @@ from halfbyte.runtime.backends.jit_intrinsics import (
 )
 from halfbyte.runtime.backends.jit_kernels import kernel
 from halfbyte.runtime.backends.jit_math import apply, exp64, tanh64
+
+_KV_BLOCK = 128  # positions
 
 
 def make_pick(key: str) -> Any:
@@ -56,7 +59,7 @@ def make_rmsnorm(key: str) -> Any:
                 s3 += numba.float64(x[c + 3]) * x[c + 3]
             for c in range(whole, dim):
                 s0 += numba.float64(x[c]) * x[c]
-            inverse = numba.float32(1.0 / (((s0 + s1) + (s2 + s3)) / dim + eps) ** 0.5)
+            inverse = numba.float32(1.0 / math.sqrt(((s0 + s1) + (s2 + s3)) / dim + eps))
             if a[w.WEIGHT]:
                 for c in range(dim):
                     y[c] = x[c] * inverse * weight[c]
@@ -84,7 +87,7 @@ def make_layernorm(key: str) -> Any:
             for c in range(dim):
                 centred = x[c] - mean
                 squares += centred * centred
-            root = (squares / dim + eps) ** 0.5
+            root = math.sqrt(squares / dim + eps)
             for c in range(dim):
                 y[c] = numba.float32((x[c] - mean) / root)
             if a[w.WEIGHT]:
@@ -193,17 +196,17 @@ def make_kv_put(spec: str, kind: str) -> Any:
     return kernel(kv_put)
 
 
-def make_attend(spec: str, kind: str) -> Any:
-    """attend: index = row * kv_heads + kv head; all query heads that share it go together.
+def make_attend(spec: str, kind: str, share: int) -> Any:
+    """attend: index = row * kv_heads + kv head, with the `share` query heads that it serves.
 
     Scores in float32 (fused, 16 lanes), softmax in float64, values summed in ascending positions.
     """
     size = encodings.FLOAT_BYTES[kind]
+    heads = next(n for n in (4, 2, 1) if share % n == 0)  # that one conversion of a key serves
 
     def attend(a, index, worker):
         kv_heads, k_dim, v_dim = a[w.KV_HEADS], a[w.K_DIM], a[w.V_DIM]
         t, h = index // kv_heads, index % kv_heads
-        share = a[w.HALF]
         session = i64_at(a[w.KV] + i32_at(a[w.SESSIONS])[t] * 24)
         capacity = session[2]
         end = numba.int64(i32_at(a[w.POSITIONS])[t]) + 1
@@ -212,17 +215,25 @@ def make_attend(spec: str, kind: str) -> Any:
         k = session[0] + (h * capacity + start) * k_dim * size
         v = session[1] + (h * capacity + start) * v_dim * size
         scale, cap = bits_f64(a[w.SCALE]), bits_f64(a[w.CAP])
-        scratch = a[w.SCRATCH] + worker * a[w.SCRATCH_ROW] * 4
-        p = f32_at(scratch)
+        row = a[w.SCRATCH_ROW] * 4
+        scratch = a[w.SCRATCH] + worker * share * row
+        q_at = a[w.X] + (t * a[w.X_STRIDE] + h * share * k_dim) * 4
+        y_at = a[w.Y] + (t * a[w.Y_STRIDE] + h * share * v_dim) * 4
         whole_k, whole_v = k_dim // 16 * 16, v_dim // 16 * 16
-        for head in range(h * share, (h + 1) * share):
-            q_at = a[w.X] + (t * a[w.X_STRIDE] + head * k_dim) * 4
-            q = f32_at(q_at)
-            kv_dots(spec, kind, q_at, k, k_dim, k_dim * size, n, scratch)
+        for j in range(0, n, _KV_BLOCK):  # the heads that share keys read a block while it is in L1
+            count = min(_KV_BLOCK, n - j)
+            block = k + j * k_dim * size
+            for s in range(0, share, heads):
+                q_s, p_s = q_at + s * k_dim * 4, scratch + s * row + j * 4
+                kv_dots(spec, kind, heads, q_s, block, k_dim, k_dim * size, count, p_s, row)
             if whole_k < k_dim:
-                for j in range(n):
-                    for c in range(whole_k, k_dim):
-                        p[j] = fma32(q[c], load_value(spec, kind, k + (j * k_dim + c) * size), p[j])
+                for s in range(share):
+                    q, p = f32_at(q_at + s * k_dim * 4), f32_at(scratch + s * row + j * 4)
+                    for i in range(count):
+                        for c in range(whole_k, k_dim):
+                            p[i] = fma32(q[c], load_value(spec, kind, block + (i * k_dim + c) * size), p[i])
+        for s in range(share):
+            p, y = f32_at(scratch + s * row), f32_at(y_at + s * v_dim * 4)
             for j in range(n):
                 p[j] = numba.float32(scale * p[j])
             if cap != 0.0:
@@ -230,9 +241,24 @@ def make_attend(spec: str, kind: str) -> Any:
                     p[j] = numba.float32(cap * tanh64(p[j] / cap))
             top = p[0]
             for j in range(n):
-                top = max(top, p[j])
+                top = p[j] if p[j] > top else top
             for j in range(n):
                 p[j] = numba.float32(exp64(numba.float64(p[j]) - top))
+            for c in range(v_dim):
+                y[c] = numba.float32(0.0)
+        for j in range(0, n, _KV_BLOCK):
+            count = min(_KV_BLOCK, n - j)
+            block = v + j * v_dim * size
+            for s in range(0, share, heads):
+                p_s, y_s = scratch + s * row + j * 4, y_at + s * v_dim * 4
+                kv_weighted(spec, kind, heads, p_s, row, block, v_dim, v_dim * size, count, y_s)
+            for s in range(share):
+                p, y = f32_at(scratch + s * row + j * 4), f32_at(y_at + s * v_dim * 4)
+                for c in range(whole_v, v_dim):
+                    for i in range(count):
+                        y[c] = fma32(p[i], load_value(spec, kind, block + (i * v_dim + c) * size), y[c])
+        for s in range(share):
+            p, y = f32_at(scratch + s * row), f32_at(y_at + s * v_dim * 4)
             s0 = s1 = s2 = s3 = 0.0
             whole = n // 4 * 4
             for j in range(0, whole, 4):
@@ -243,14 +269,6 @@ def make_attend(spec: str, kind: str) -> Any:
             for j in range(whole, n):
                 s0 += p[j]
             total = numba.float32((s0 + s1) + (s2 + s3))
-            y_at = a[w.Y] + (t * a[w.Y_STRIDE] + head * v_dim) * 4
-            y = f32_at(y_at)
-            for c in range(v_dim):
-                y[c] = numba.float32(0.0)
-            kv_weighted(spec, kind, scratch, v, v_dim, v_dim * size, n, y_at)
-            for c in range(whole_v, v_dim):
-                for j in range(n):
-                    y[c] = fma32(p[j], load_value(spec, kind, v + (j * v_dim + c) * size), y[c])
             for c in range(v_dim):
                 y[c] = y[c] / total
 

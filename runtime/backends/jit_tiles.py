@@ -44,7 +44,7 @@ class MatrixSpec(NamedTuple):
     def parse(text: str) -> MatrixSpec:
         """The inverse of `text`."""
         p = text.split("|")
-        return MatrixSpec(*p[:5], int(p[5]), p[6] == "True", p[7])
+        return MatrixSpec(p[0], p[1], p[2], p[3], p[4], int(p[5]), p[6] == "True", p[7])
 
     @property
     def text(self) -> str:

@@ -148,7 +148,17 @@ simple("section_outside", "DATA lies outside", lambda p: p.table_edits.append((6
 simple("section_length_overflow", "META lies outside", lambda p: p.table_edits.append((16, u64(2**64 - 1))))
 simple("section_flags", "section META: a reserved", lambda p: p.table_edits.append((4, u32(3))))
 simple("section_reserved", "section META: a reserved", lambda p: p.table_edits.append((24, u64(1))))
-simple("section_newline", "its kind is not printable", lambda p: p.extra.append(Section(b"A\nB\n", b"", 0)))
+simple(
+    "section_newline", "its kind is not four printable", lambda p: p.extra.append(Section(b"A\nB\n", b"", 0))
+)
+simple(
+    "section_ascii",
+    "its kind is not four printable",
+    lambda p: p.extra.append(Section(b"\xff\xff\xff\xff", b"", 0)),
+)
+simple(
+    "section_kind_short", "its kind is not four printable", lambda p: p.extra.append(Section(b"AB", b"", 0))
+)
 simple("section_twice", "section TENS appears twice", lambda p: p.extra.append(Section(b"TENS", b"")))
 simple("section_unknown", "must be understood", lambda p: p.extra.append(Section(b"NEWS", b"new")))
 simple("bytes_after_sections", "bytes after the last section", lambda p: setattr(p, "tail", b"\0" * 64))
@@ -240,13 +250,22 @@ meta("ints_odd", "not a multiple of 8", lambda m: entry(6, b"a", b"\0\0\0\0"))
 meta("strs_cut", "a string is cut off", lambda m: entry(8, b"a", u32(5) + b"abc"))
 meta("strs_head", "a string is cut off", lambda m: entry(8, b"a", b"\0\0"))
 meta("empty_floats", "an empty list is stored as ints", lambda m: entry(7, b"a", b""))
-simple("vocab_missing", "model.vocab_size", lambda p: p.meta.pop("model.vocab_size"))
-simple("vocab_bool", "model.vocab_size", lambda p: p.meta.update({"model.vocab_size": True}))
-simple("vocab_mismatch", "does not produce logits of 15", lambda p: p.meta.update({"model.vocab_size": 15}))
-simple("vocab_beyond_table", "fewer rows than the 17", lambda p: p.meta.update({"model.vocab_size": 17}))
-simple("context_missing", "model.context_length", lambda p: p.meta.pop("model.context_length"))
-simple("context_negative", "model.context_length", lambda p: p.meta.update({"model.context_length": -1}))
-simple("context_overflow", "model.context_length", lambda p: p.meta.update({"model.context_length": 1 << 40}))
+
+
+def key(name: str, fragment: str, key: str, value: object) -> None:
+    """Set one metadata value."""
+    simple(name, fragment, lambda p: p.meta.update({key: value}))
+
+
+simple("vocab_missing", "lacks model.vocab_size", lambda p: p.meta.pop("model.vocab_size"))
+simple("context_missing", "lacks model.context_length", lambda p: p.meta.pop("model.context_length"))
+key("vocab_bool", "model.vocab_size is not of type int", "model.vocab_size", True)
+key("vocab_zero", "model.vocab_size 0 is out of range", "model.vocab_size", 0)
+key("vocab_mismatch", "does not produce logits of 15", "model.vocab_size", 15)
+key("vocab_beyond_table", "fewer rows than the 17", "model.vocab_size", 17)
+key("context_negative", "model.context_length -1 is out of range", "model.context_length", -1)
+key("context_overflow", "is out of range", "model.context_length", 1 << 40)
+key("eos_type", "tokenizer.eos_ids is not of type ints", "tokenizer.eos_ids", 2)
 
 # ---- tensor table: rows are 0 table i8 [16, 16], 1 norm f32 [16], 2 freq f32 [2], 3 head q4 [48, 16] -------
 simple("tensors_overflow", "do not fit the tensor table", lambda p: p.counts.__setitem__(0, 0xFFFFFFFF))
@@ -259,8 +278,8 @@ simple("name_length", "its name lies outside", setter("tensors", 1, "name_length
 simple("name_empty", "its name lies outside", setter("tensors", 1, "name_length", 0))
 simple("name_long", "its name lies outside", lambda p: p.set_names([b"a" * 256, b"b", b"c", b"d"]))
 simple("name_utf8", "not UTF-8", lambda p: p.set_names([b"\xff\xfe", b"b", b"c", b"d"]))
-simple("name_newline", "is not printable", lambda p: p.set_names([b"a\nb", b"b", b"c", b"d"]))
-simple("name_escape", "is not printable", lambda p: p.set_names([b"\x1b[31m", b"b", b"c", b"d"]))
+simple("name_newline", "has control characters", lambda p: p.set_names([b"a\nb", b"b", b"c", b"d"]))
+simple("name_escape", "has control characters", lambda p: p.set_names([b"\x1b[31m", b"b", b"c", b"d"]))
 simple("name_twice", "appears twice", lambda p: p.set_names([b"a", b"b", b"a", b"d"]))
 simple("encoding_unknown", "unknown encoding 999", setter("tensors", 0, "encoding", 999))
 simple("tile_unknown", "tile 2 with rank 2", setter("tensors", 0, "tile", 2))

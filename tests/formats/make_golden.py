@@ -86,7 +86,7 @@ def build(encoding: str, seed: int) -> Tiny:
 META = {
     "general.name": "golden",
     "general.parameters": 1000,
-    "general.source_digest": b"\x00\x01\xff",
+    "golden.bytes": b"\x00\x01\xff",
     "model.layers": 1,
     "model.context_length": 64,
     "tokenizer.eos_ids": [2, 3],

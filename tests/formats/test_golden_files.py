@@ -45,7 +45,7 @@ def test_golden_program_uses_every_op() -> None:
     """What is kept covers the whole op table of its version."""
     file = File(GOLDEN / "1.0-q4.hb")
     assert {int(r["code"]) for r in file.program} == {op.code for op in OPS}
-    assert file.metadata["general.source_digest"] == b"\x00\x01\xff"
+    assert file.metadata["golden.bytes"] == b"\x00\x01\xff"
     assert file.section("TOKN") == b'{"model":"golden"}' and file.section("TMPL") == b"{{ messages }}"
 
 

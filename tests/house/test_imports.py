@@ -1,0 +1,192 @@
+"""Who may import whom, read from the syntax trees; and what a light import must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROOMS = ("formats", "devices", "runtime", "converter")
+FRONT_DOOR_FROM = ("calibrate", "evaluate")  # modules of the converter that may run a model
+
+# What each room may import of ours, besides itself.
+ALLOWED = {
+    "formats": (),
+    "devices": ("formats",),
+    "runtime": ("formats", "devices"),
+    "converter": ("formats",),
+}
+
+# Within runtime: who stands above whom. A module imports only modules of its own rank or below.
+RANKS = {
+    "cli": 4,
+    "server": 4,
+    "generate": 3,
+    "chat": 3,
+    "evaluate": 3,
+    "bench": 3,
+    "session": 2,
+    "model": 1,
+    "backends": 0,
+}
+
+
+def sources(*rooms: str) -> list[Path]:
+    """Python files of rooms, and the front door."""
+    return sorted(
+        p for room in rooms for p in (REPOSITORY / room).rglob("*.py") if "__pycache__" not in p.parts
+    )
+
+
+def module_name(path: Path) -> str:
+    """halfbyte.X.Y of a file."""
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(("halfbyte", *(p for p in parts if p != "__init__")))
+
+
+def imported(path: Path, text: str | None = None) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of everything a file imports, names of `from` imports included."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text() if text is None else text)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            home = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            yield from ((node.lineno, f"{home}.{alias.name}") for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
+        ):
+            yield from ((node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant))
+
+
+def complaint(path: Path, name: str) -> str | None:
+    """Why this file may not import that name, or None."""
+    parts, own = name.split("."), module_name(path).split(".")
+    room = own[1] if len(own) > 1 else ""
+    if parts[0] in ROOMS:
+        return f"imports {name}, not halfbyte.{name}"
+    if parts[0] != "halfbyte" or room not in ALLOWED:
+        return None
+    target = parts[1] if len(parts) > 1 else ""
+    if target == "__version__" and room != "formats":
+        return None
+    if target in ROOMS:
+        return None if target == room or target in ALLOWED[room] else f"{room} imports {name}"
+    if room == "converter" and own[-1] in FRONT_DOOR_FROM:
+        return None
+    if room == "runtime" and own[2:3] == ["cli"]:  # the command line is a user of the front door
+        return None
+    return f"{room} imports the front door: {name}"
+
+
+def rank_complaint(path: Path, name: str) -> str | None:
+    """Why a module of runtime may not import another, or None."""
+    own, other = module_name(path).split("."), name.split(".")
+    if other[:2] != ["halfbyte", "runtime"] or len(other) < 3 or len(own) < 3:
+        return None
+    mine, theirs = RANKS.get(own[2]), RANKS.get(other[2])
+    return f"{own[2]} imports {name}" if mine is not None and theirs is not None and theirs > mine else None
+
+
+@pytest.mark.parametrize("path", sources(*ROOMS), ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_imports(path: Path) -> None:
+    """Rooms import only what they may, and always as halfbyte.X."""
+    found = [f"line {n}: {why}" for n, name in imported(path) if (why := complaint(path, name))]
+    found += [f"line {n}: {why}" for n, name in imported(path) if (why := rank_complaint(path, name))]
+    assert not found, "; ".join(found)
+
+
+def test_other_python_uses_the_package_name() -> None:
+    """Tests and benchmarks too: `import formats` would load a second copy."""
+    for folder in ("tests", "benchmarks"):
+        for path in sources(folder):
+            wrong = [name for _, name in imported(path) if name.split(".")[0] in ROOMS]
+            assert not wrong, f"{path}: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("formats/ops.py", "from halfbyte.runtime import kv"),
+        ("formats/ops.py", "import formats.tiles"),
+        ("formats/ops.py", "from halfbyte import __version__"),
+        ("devices/probe.py", "from ..runtime import model"),
+        ("runtime/model.py", "from halfbyte import converter"),
+        ("runtime/cli/convert.py", "from ...converter import rope"),
+        ("runtime/cli/convert.py", "def f():\n    import halfbyte.converter.rope"),
+        ("runtime/model.py", "import importlib\nimportlib.import_module('halfbyte.converter')"),
+        ("runtime/backends/jit.py", "from halfbyte.runtime.session import Session"),
+        ("runtime/backends/jit.py", "from .. import model"),
+        ("runtime/model.py", "from .session import Session"),
+        ("runtime/session.py", "from halfbyte.runtime.cli import main"),
+        ("runtime/model.py", "from halfbyte import load"),
+        ("converter/rope.py", "import halfbyte.runtime.model"),
+        ("converter/rope.py", "from .. import load"),
+        ("converter/quantizers/rtn.py", "from ...devices import probe"),
+    ],
+)
+def test_the_rules_have_teeth(file: str, line: str) -> None:
+    """Each forbidden import is seen, however it is spelt."""
+    path = REPOSITORY / file
+    assert [
+        why
+        for _, name in imported(path, line)
+        if (why := complaint(path, name) or rank_complaint(path, name))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("converter/calibrate.py", "import halfbyte"),
+        ("converter/__init__.py", "from halfbyte import __version__"),
+        ("runtime/session.py", "from .model import Model"),
+        ("runtime/cli/run.py", "from halfbyte.runtime.session import Session"),
+    ],
+)
+def test_what_is_allowed_stays_allowed(file: str, line: str) -> None:
+    """The rules do not forbid more than they say."""
+    path = REPOSITORY / file
+    assert not [
+        name for _, name in imported(path, line) if complaint(path, name) or rank_complaint(path, name)
+    ]
+
+
+HEAVY = (
+    "numba",
+    "llvmlite",
+    "torch",
+    "tokenizers",
+    "jinja2",
+    "transformers",
+    "ml_dtypes",
+    "safetensors",
+    "cffi",
+)
+
+
+@pytest.mark.parametrize(
+    "what", ["halfbyte", "halfbyte.formats.container", "halfbyte.converter", "halfbyte.runtime.cli"]
+)
+def test_light_imports(what: str) -> None:
+    """Importing the front door, the format or the command line loads nothing heavy."""
+    script = f"import sys, {what}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_formats_needs_only_numpy() -> None:
+    """The law imports the standard library and NumPy."""
+    allowed = set(sys.stdlib_module_names) | {"numpy", "halfbyte"}
+    for path in sources("formats"):
+        foreign = [name for _, name in imported(path) if name.split(".")[0] not in allowed]
+        assert not foreign, f"{path}: {foreign}"
