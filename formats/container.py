@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,6 +68,8 @@ TENSOR_DTYPE = np.dtype(
 )  # fmt: skip
 TABLE_HEAD = 64  # TENS starts with u32 count, u32 names_length, zeros
 assert HEADER_DTYPE.itemsize == 64 and SECTION_DTYPE.itemsize == 64 and TENSOR_DTYPE.itemsize == 128
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 MAX_SECTIONS = 64
 MAX_DIMENSION = 1 << 28
@@ -261,9 +264,7 @@ class File:
             name = names[at : at + n].decode()
         except UnicodeDecodeError:
             raise _bad(f"tensor {i}: its name is not UTF-8") from None
-        if any(
-            c < " " or "\x7f" <= c <= "\x9f" or c in "\u2028\u2029" for c in name
-        ):  # names are shown on terminals, and errors are one line
+        if _CONTROL.search(name):  # names are shown on terminals, and errors are one line
             raise _bad(f"tensor {i}: its name {name!r} has control characters")
         e = BY_CODE.get(int(r["encoding"]))
         if e is None:

@@ -205,14 +205,19 @@ f64_bits = _bits(types.float64, types.int64)
 bits_f64 = _bits(types.int64, types.float64)
 
 
-@intrinsic
-def fma32(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """A real fused multiply-add of float32."""
+def _fma(ty: types.Type) -> Callable:
+    @intrinsic
+    def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+            name = f"llvm.fma.f{ty.bitwidth}"
+            return Emitter(builder, "scalar", False).call(name, values[0].type, *values)
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        return Emitter(builder, "scalar", False).fma(*values)
+        return ty(ty, ty, ty), generate
 
-    return types.float32(types.float32, types.float32, types.float32), generate
+    return fma
+
+
+fma32, fma64 = _fma(types.float32), _fma(types.float64)  # real fused multiply-adds
 
 
 @intrinsic(prefer_literal=True)

@@ -239,9 +239,13 @@ def make_attend(spec: str, kind: str, share: int) -> Any:
             if cap != 0.0:
                 for j in range(n):
                     p[j] = numba.float32(cap * tanh64(p[j] / cap))
-            top = p[0]
-            for j in range(n):
-                top = p[j] if p[j] > top else top
+            top = t1 = t2 = t3 = p[0]  # four chains: a compare waits for the one before
+            for j in range(0, n // 4 * 4, 4):
+                top, t1 = max(top, p[j]), max(t1, p[j + 1])
+                t2, t3 = max(t2, p[j + 2]), max(t3, p[j + 3])
+            for j in range(n // 4 * 4, n):
+                top = max(top, p[j])
+            top = max(max(top, t1), max(t2, t3))
             for j in range(n):
                 p[j] = numba.float32(exp64(numba.float64(p[j]) - top))
             for c in range(v_dim):

@@ -154,7 +154,7 @@ simple(
 simple(
     "section_ascii",
     "its kind is not four printable",
-    lambda p: p.extra.append(Section(b"\xff\xff\xff\xff", b"", 0)),
+    lambda p: p.extra.append(Section(b"\xff" * 4, b"", 0)),
 )
 simple(
     "section_kind_short", "its kind is not four printable", lambda p: p.extra.append(Section(b"AB", b"", 0))

@@ -22,7 +22,8 @@ ALLOWED = {
     "converter": ("formats",),
 }
 
-# Within runtime: who stands above whom. A module imports only modules of its own rank or below.
+# Within runtime: who stands above whom. A module imports only modules of its own rank or below when it is loaded (a
+# model makes sessions, so inside functions it may look up); a backend never looks up.
 RANKS = {
     "cli": 4,
     "server": 4,
@@ -49,12 +50,25 @@ def module_name(path: Path) -> str:
     return ".".join(("halfbyte", *(p for p in parts if p != "__init__")))
 
 
-def imported(path: Path, text: str | None = None) -> Iterator[tuple[int, str]]:
+def loaded(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: not functions, not `if TYPE_CHECKING`."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            lazy = True
+        pending += [] if lazy else list(ast.iter_child_nodes(node))
+
+
+def imported(path: Path, text: str | None = None, lazy: bool = True) -> Iterator[tuple[int, str]]:
     """(line, absolute name) of everything a file imports, names of `from` imports included."""
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(ast.parse(path.read_text() if text is None else text)):
+    tree = ast.parse(path.read_text() if text is None else text)
+    for node in ast.walk(tree) if lazy else loaded(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -83,26 +97,45 @@ def complaint(path: Path, name: str) -> str | None:
         return None if target == room or target in ALLOWED[room] else f"{room} imports {name}"
     if room == "converter" and own[-1] in FRONT_DOOR_FROM:
         return None
-    if room == "runtime" and own[2:3] == ["cli"]:  # the command line is a user of the front door
+    if room == "runtime" and (
+        own[2:3] == ["cli"] or name == "halfbyte"
+    ):  # only cli may call halfbyte.convert
         return None
     return f"{room} imports the front door: {name}"
 
 
-def rank_complaint(path: Path, name: str) -> str | None:
-    """Why a module of runtime may not import another, or None."""
-    own, other = module_name(path).split("."), name.split(".")
-    if other[:2] != ["halfbyte", "runtime"] or len(other) < 3 or len(own) < 3:
-        return None
-    mine, theirs = RANKS.get(own[2]), RANKS.get(other[2])
-    return f"{own[2]} imports {name}" if mine is not None and theirs is not None and theirs > mine else None
+def rank_complaints(path: Path, text: str | None = None) -> list[str]:
+    """Imports of a module of runtime that look up."""
+    own = module_name(path).split(".")
+    if own[1:2] != ["runtime"] or len(own) < 3 or own[2] not in RANKS:
+        return []
+    mine = RANKS[own[2]]
+    found = []
+    for n, name in imported(path, text, lazy=mine == RANKS["backends"]):
+        other = name.split(".")
+        if other[:2] == ["halfbyte", "runtime"] and RANKS.get((other + [""])[2], mine) > mine:
+            found.append(f"line {n}: {own[2]} imports {name}")
+    return found
+
+
+def complaints(path: Path, text: str | None = None) -> list[str]:
+    """Everything wrong with the imports of a file."""
+    found = [f"line {n}: {why}" for n, name in imported(path, text) if (why := complaint(path, name))]
+    tree = ast.parse(path.read_text() if text is None else text)
+    if module_name(path).startswith("halfbyte.runtime.") and not module_name(path).startswith(
+        "halfbyte.runtime.cli"
+    ):
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "convert"]
+        found += [
+            f"line {n.lineno}: halfbyte.convert" for n in calls if getattr(n.value, "id", "") == "halfbyte"
+        ]
+    return found + rank_complaints(path, text)
 
 
 @pytest.mark.parametrize("path", sources(*ROOMS), ids=lambda p: str(p.relative_to(REPOSITORY)))
 def test_imports(path: Path) -> None:
     """Rooms import only what they may, and always as halfbyte.X."""
-    found = [f"line {n}: {why}" for n, name in imported(path) if (why := complaint(path, name))]
-    found += [f"line {n}: {why}" for n, name in imported(path) if (why := rank_complaint(path, name))]
-    assert not found, "; ".join(found)
+    assert complaints(path) == []
 
 
 def test_other_python_uses_the_package_name() -> None:
@@ -128,7 +161,9 @@ def test_other_python_uses_the_package_name() -> None:
         ("runtime/backends/jit.py", "from .. import model"),
         ("runtime/model.py", "from .session import Session"),
         ("runtime/session.py", "from halfbyte.runtime.cli import main"),
+        ("runtime/backends/jit.py", "def f():\n    from halfbyte.runtime.session import Session"),
         ("runtime/model.py", "from halfbyte import load"),
+        ("runtime/model.py", "import halfbyte\nhalfbyte.convert()"),
         ("converter/rope.py", "import halfbyte.runtime.model"),
         ("converter/rope.py", "from .. import load"),
         ("converter/quantizers/rtn.py", "from ...devices import probe"),
@@ -150,6 +185,7 @@ def test_the_rules_have_teeth(file: str, line: str) -> None:
         ("converter/calibrate.py", "import halfbyte"),
         ("converter/__init__.py", "from halfbyte import __version__"),
         ("runtime/session.py", "from .model import Model"),
+        ("runtime/model.py", "def session():\n    from halfbyte.runtime.session import Session"),
         ("runtime/cli/run.py", "from halfbyte.runtime.session import Session"),
     ],
 )
