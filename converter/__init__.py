@@ -53,10 +53,15 @@ def convert(
             floats = {"f32", "f16", "bf16", "f64"}
             recipe = "keep" if any(checkpoint.dtype(n) not in floats for n in checkpoint.names()) else "q4"
         b = Builder(checkpoint, recipe_named(recipe), context)
-        models.build(b)
+        try:
+            models.build(b)
+            _check_program(b)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            # Model files compute freely with the config's numbers; those of a damaged one may be anything.
+            why = " ".join(str(error).split())
+            raise CheckpointError(f"config.json makes no sense for this model type: {why}") from error
         _check_context(b, context)
         _check_all_used(checkpoint, b)
-        _check_program(b)
         json, meta = _text(checkpoint, b.vocab)
         template = _unicode(checkpoint.chat_template or "", "the chat template")
         total = sum(t.shape[0] * t.shape[1] for t in b.tensors if len(t.shape) == 2)

@@ -43,7 +43,7 @@ enum {
 
 /* A tensor: a vector has rows = 1. `data` is 64-byte aligned and `nbytes` long. */
 typedef struct hb_weight {
-    const void* data;
+    const void *data;
     uint64_t nbytes;
     uint32_t encoding;
     uint32_t tile;
@@ -55,8 +55,8 @@ typedef struct hb_weight {
 
 /* One session's caches: k[c] and v[c] are [kv_heads, capacity, dim] of `type` HB_ENC_F32 or HB_ENC_F16. */
 typedef struct hb_kv {
-    void* const* k;
-    void* const* v;
+    void *const *k;
+    void *const *v;
     uint32_t capacity;
     uint32_t type;
 } hb_kv;
@@ -66,21 +66,21 @@ typedef struct hb_kv {
 typedef struct hb_step {
     uint32_t rows;
     uint32_t picks;
-    const int32_t* ids;
-    const int32_t* positions;
-    const int32_t* sessions;
-    const int32_t* pick_rows;
-    float* const* slot_base;
-    const hb_kv* kv;
+    const int32_t *ids;
+    const int32_t *positions;
+    const int32_t *sessions;
+    const int32_t *pick_rows;
+    float *const *slot_base;
+    const hb_kv *kv;
     uint32_t kv_count;
 } hb_step;
 
 /* A row of the kernel table. `chosen` says whether dispatch at the given isa picks it. */
 typedef struct hb_kernel_info {
-    const char* op;
-    const char* family;
-    const char* isa;
-    const char* name;
+    const char *op;
+    const char *family;
+    const char *isa;
+    const char *name;
     int supported;
     int chosen;
 } hb_kernel_info;
@@ -90,33 +90,33 @@ typedef struct hb_pool hb_pool;
 
 HB_API int hb_abi_version(void);
 
-HB_API const char* hb_isa_name(int isa);
+HB_API const char *hb_isa_name(int isa);
 HB_API int hb_isa_supported(int isa);
 
 HB_API int hb_kernel_count(void);
-HB_API int hb_kernel_info_at(int index, int isa, hb_kernel_info* out);
+HB_API int hb_kernel_info_at(int index, int isa, hb_kernel_info *out);
 
 /* A pool of `threads` threads, the caller included; NULL when they cannot be had. One run at a time. */
-HB_API hb_pool* hb_pool_create(int threads);
-HB_API int hb_pool_threads(const hb_pool* pool);
-HB_API void hb_pool_free(hb_pool* pool);
+HB_API hb_pool *hb_pool_create(int threads);
+HB_API int hb_pool_threads(const hb_pool *pool);
+HB_API void hb_pool_free(hb_pool *pool);
 
 /* Binds a verified program to weights. NULL, with the reason in `error`, when something cannot be run. The
  * tables are copied; weights are only pointed to. `isa` is HB_ISA_BEST or a limit. */
-HB_API hb_program* hb_bind(const hb_op* ops, uint32_t op_count, const hb_slot* slots, uint32_t slot_count,
-                           const hb_cache* caches, uint32_t cache_count, const hb_weight* weights,
-                           uint32_t weight_count, int policy, int isa, hb_pool* pool, char* error,
+HB_API hb_program *hb_bind(const hb_op *ops, uint32_t op_count, const hb_slot *slots, uint32_t slot_count,
+                           const hb_cache *caches, uint32_t cache_count, const hb_weight *weights,
+                           uint32_t weight_count, int policy, int isa, hb_pool *pool, char *error,
                            size_t error_size);
 
 /* Executes records first <= i < last. */
-HB_API int hb_run(hb_program* program, const hb_step* step, uint32_t first, uint32_t last);
-HB_API const char* hb_status_text(int status);
-HB_API void hb_free(hb_program* program);
+HB_API int hb_run(hb_program *program, const hb_step *step, uint32_t first, uint32_t last);
+HB_API const char *hb_status_text(int status);
+HB_API void hb_free(hb_program *program);
 
 /* Activations of one row to int8 per 32 columns: q[ceil(cols/32)*32], d[ceil(cols/32)], and the sums of q
  * over every `block` (4, 8, 16 or 32) columns, sums[ceil(cols/32)*32/block]. */
-HB_API int hb_quantize(const float* x, uint32_t cols, uint32_t block, int isa, int8_t* q, float* d,
-                       int32_t* sums);
+HB_API int hb_quantize(const float *x, uint32_t cols, uint32_t block, int isa, int8_t *q, float *d,
+                       int32_t *sums);
 
 #ifdef __cplusplus
 }

@@ -8,7 +8,10 @@
 #include <string.h>
 
 #define HB_INLINE static inline __attribute__((always_inline, unused))
-#if defined(__clang__)
+/* Loops over register arrays, which must be unrolled to live in registers; scalar code has none to fill. */
+#if !defined(__AVX2__)
+#define HB_UNROLL
+#elif defined(__clang__)
 #define HB_UNROLL _Pragma("unroll")
 #else
 #define HB_UNROLL _Pragma("GCC unroll 16")

@@ -8,9 +8,9 @@
 
 #include "halfbyte_ops.h"
 
-enum { HB_QUANT_GROUP = 32 };  /* columns that share an activation scale */
-enum { HB_TOKEN_TILE = 96 };   /* most tokens of one call of a linear kernel */
-enum { HB_CHUNK_COLS = 1024 }; /* columns of a panel that are unpacked at a time */
+enum { HB_QUANT_GROUP = 32 };    /* columns that share an activation scale */
+enum { HB_TOKEN_TILE = 8 * 12 }; /* most tokens of one call of a linear kernel */
+enum { HB_CHUNK_COLS = 1024 };   /* columns of a panel that are unpacked at a time */
 enum { HB_FLOAT_CHUNK_COLS = 256 };
 enum { HB_ATTEND_TILE = 64 }; /* positions of one pass of the running softmax */
 enum { /* unpacked codes, then scale, minimum and offset of every 4 columns, and sums */
@@ -19,11 +19,11 @@ enum { /* unpacked codes, then scale, minimum and offset of every 4 columns, and
 
 /* A p16 matrix, taken apart into planes. `panel_*` are the bytes of one panel of 16 rows of a plane. */
 typedef struct hb_matrix {
-    const uint8_t* codes; /* or the values of a float encoding */
-    const uint8_t* scales;
-    const uint8_t* mins;
-    const uint8_t* zeros;
-    const uint8_t* row;
+    const uint8_t *codes; /* or the values of a float encoding */
+    const uint8_t *scales;
+    const uint8_t *mins;
+    const uint8_t *zeros;
+    const uint8_t *row;
     uint32_t encoding, rows, cols, group, scale_type;
     uint32_t groups;           /* scales in a row */
     uint32_t block;            /* columns of one integer dot: min(32, group) */
@@ -32,50 +32,65 @@ typedef struct hb_matrix {
     size_t panel_codes, panel_scales, panel_zeros;
 } hb_matrix;
 
+/* Quantised activations lie in strips of up to HB_STRIP tokens, so that a kernel reads them with one pointer:
+ * per 32 columns a record of `width` tokens, q int8[width][32], d float[width], then for every block of
+ * columns bias int32[width] = -128 * sum of q, and again for every block sums int32[width]. */
+enum { HB_STRIP = 12 };
+
+typedef struct hb_strips {
+    uint8_t *data;
+    uint32_t width;      /* tokens of a strip: HB_STRIP, or all of a shorter step */
+    uint32_t block;      /* columns of a block */
+    size_t record_bytes; /* of 32 columns */
+    size_t strip_bytes;
+} hb_strips;
+
+static inline hb_strips hb_strips_layout(uint8_t *data, uint32_t tokens, uint32_t cols, uint32_t block) {
+    hb_strips s = {data, tokens < HB_STRIP ? tokens : HB_STRIP, block, 0, 0};
+    s.record_bytes = (size_t)s.width * (32 + 4 + 2 * 4 * (32 / block));
+    s.strip_bytes = s.record_bytes * ((cols + 31u) / 32u);
+    return s;
+}
+
 /* y[t, :] = x[t, :] @ matrix^T + bias. Strides (ld*) are in elements. */
 typedef struct hb_linear {
-    const hb_matrix* matrix;
-    const float* bias;
-    const float* x; /* float kernels */
+    const hb_matrix *matrix;
+    const float *bias;
+    const float *x; /* float kernels */
     size_t ldx;
-    const int8_t* q; /* integer kernels: quantised x, its scales and the sums of q of every block */
-    size_t ldq;
-    const float* d;
-    size_t ldd;
-    const int32_t* sums;
-    size_t lds;
-    float* y;
+    hb_strips strips; /* integer kernels: x, quantised */
+    float *y;
     size_t ldy;
 } hb_linear;
 
 /* One row of queries against one session's cache. */
 typedef struct hb_attend {
-    const float* q;
-    float* y;
+    const float *q;
+    float *y;
     size_t ldq, ldy;
     uint32_t kv_heads, share, k_dim, v_dim, window, cache;
     float scale, softcap;
-    const int32_t* positions;
-    const int32_t* sessions;
-    const struct hb_kv* kv;
+    const int32_t *positions;
+    const int32_t *sessions;
+    const struct hb_kv *kv;
 } hb_attend;
 
-typedef void hb_quantize_fn(const float* x, uint32_t cols, uint32_t block, int8_t* q, float* d,
-                            int32_t* sums);
-typedef void hb_linear_fn(const hb_linear* op, uint32_t panel, uint32_t t0, uint32_t t1, void* scratch);
-typedef void hb_embed_fn(const hb_matrix* table, uint32_t row, float* y);
-typedef void hb_rmsnorm_fn(const float* x, const float* weight, float eps, uint32_t width, uint32_t dim,
-                           float* y);
-typedef void hb_layernorm_fn(const float* x, const float* weight, const float* bias, float eps,
-                             uint32_t width, uint32_t dim, float* y);
-typedef void hb_add_fn(const float* a, const float* b, float scale, uint32_t n, float* y);
-typedef void hb_mul_fn(const float* a, const float* b, uint32_t n, float* y);
-typedef void hb_unary_fn(const float* x, uint32_t n, uint32_t function, float p, float* y);
-typedef void hb_glu_fn(const float* gate, const float* up, uint32_t n, uint32_t function, float* y);
-typedef void hb_rope_fn(const float* x, uint32_t heads, uint32_t head_dim, uint32_t n, const float* cosine,
-                        const float* sine, float* y);
-typedef void hb_kv_put_fn(const float* x, uint32_t n, uint32_t type, void* out);
-typedef void hb_attend_fn(const hb_attend* op, uint32_t t, uint32_t kv_head, void* scratch);
+/* Quantises one row of x as token `lane` of the strip that starts at s->data. */
+typedef void hb_quantize_fn(const float *x, uint32_t cols, const hb_strips *s, uint32_t lane);
+typedef void hb_linear_fn(const hb_linear *op, uint32_t panel, uint32_t t0, uint32_t t1, void *scratch);
+typedef void hb_embed_fn(const hb_matrix *table, uint32_t row, float *y);
+typedef void hb_rmsnorm_fn(const float *x, const float *weight, float eps, uint32_t width, uint32_t dim,
+                           float *y);
+typedef void hb_layernorm_fn(const float *x, const float *weight, const float *bias, float eps,
+                             uint32_t width, uint32_t dim, float *y);
+typedef void hb_add_fn(const float *a, const float *b, float scale, uint32_t n, float *y);
+typedef void hb_mul_fn(const float *a, const float *b, uint32_t n, float *y);
+typedef void hb_unary_fn(const float *x, uint32_t n, uint32_t function, float p, float *y);
+typedef void hb_glu_fn(const float *gate, const float *up, uint32_t n, uint32_t function, float *y);
+typedef void hb_rope_fn(const float *x, uint32_t heads, uint32_t head_dim, uint32_t n, const float *cosine,
+                        const float *sine, float *y);
+typedef void hb_kv_put_fn(const float *x, uint32_t n, uint32_t type, void *out);
+typedef void hb_attend_fn(const hb_attend *op, uint32_t t, uint32_t kv_head, void *scratch);
 
 #define HB_KERNEL(op, family, isa, function) hb_##op##_fn function;
 #include "kernels/kernels.inc"

@@ -19,10 +19,10 @@ typedef __m512i vi16;
 HB_INLINE __mmask16 v16_mask(uint32_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
 HB_INLINE v16 v16_zero(void) { return _mm512_setzero_ps(); }
 HB_INLINE v16 v16_set1(float x) { return _mm512_set1_ps(x); }
-HB_INLINE v16 v16_load(const float* p) { return _mm512_loadu_ps(p); }
-HB_INLINE v16 v16_load_n(const float* p, uint32_t n) { return _mm512_maskz_loadu_ps(v16_mask(n), p); }
-HB_INLINE void v16_store(float* p, v16 a) { _mm512_storeu_ps(p, a); }
-HB_INLINE void v16_store_n(float* p, v16 a, uint32_t n) { _mm512_mask_storeu_ps(p, v16_mask(n), a); }
+HB_INLINE v16 v16_load(const float *p) { return _mm512_loadu_ps(p); }
+HB_INLINE v16 v16_load_n(const float *p, uint32_t n) { return _mm512_maskz_loadu_ps(v16_mask(n), p); }
+HB_INLINE void v16_store(float *p, v16 a) { _mm512_storeu_ps(p, a); }
+HB_INLINE void v16_store_n(float *p, v16 a, uint32_t n) { _mm512_mask_storeu_ps(p, v16_mask(n), a); }
 HB_INLINE v16 v16_add(v16 a, v16 b) { return _mm512_add_ps(a, b); }
 HB_INLINE v16 v16_sub(v16 a, v16 b) { return _mm512_sub_ps(a, b); }
 HB_INLINE v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
@@ -45,15 +45,15 @@ HB_INLINE v16 v16_pow2(v16 n) { /* 2^n of integers -126..127 */
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-HB_INLINE v16 v16_load_f16(const uint16_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+HB_INLINE v16 v16_load_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
-HB_INLINE void v16_store_f16(uint16_t* p, v16 a) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+HB_INLINE void v16_store_f16(uint16_t *p, v16 a) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
-HB_INLINE v16 v16_load_bf16(const uint16_t* p) {
+HB_INLINE v16 v16_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 HB_INLINE float v16_sum(v16 a) {
     __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -64,10 +64,10 @@ HB_INLINE float v16_sum(v16 a) {
 
 HB_INLINE vi16 vi16_zero(void) { return _mm512_setzero_si512(); }
 HB_INLINE vi16 vi16_set1(int32_t x) { return _mm512_set1_epi32(x); }
-HB_INLINE vi16 vi16_load(const int32_t* p) { return _mm512_loadu_si512(p); }
-HB_INLINE void vi16_store(int32_t* p, vi16 a) { _mm512_storeu_si512(p, a); }
-HB_INLINE vi16 vi16_load_u8(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+HB_INLINE vi16 vi16_load(const int32_t *p) { return _mm512_loadu_si512(p); }
+HB_INLINE void vi16_store(int32_t *p, vi16 a) { _mm512_storeu_si512(p, a); }
+HB_INLINE vi16 vi16_load_u8(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
 }
 HB_INLINE vi16 vi16_add(vi16 a, vi16 b) { return _mm512_add_epi32(a, b); }
 HB_INLINE vi16 vi16_sub(vi16 a, vi16 b) { return _mm512_sub_epi32(a, b); }
@@ -96,17 +96,17 @@ typedef struct {
 #define HB_VI16(expr_l, expr_h) ((vi16){(expr_l), (expr_h)})
 HB_INLINE v16 v16_zero(void) { return HB_V16(_mm256_setzero_ps(), _mm256_setzero_ps()); }
 HB_INLINE v16 v16_set1(float x) { return HB_V16(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
-HB_INLINE v16 v16_load(const float* p) { return HB_V16(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
-HB_INLINE void v16_store(float* p, v16 a) {
+HB_INLINE v16 v16_load(const float *p) { return HB_V16(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+HB_INLINE void v16_store(float *p, v16 a) {
     _mm256_storeu_ps(p, a.l);
     _mm256_storeu_ps(p + 8, a.h);
 }
-HB_INLINE v16 v16_load_n(const float* p, uint32_t n) {
+HB_INLINE v16 v16_load_n(const float *p, uint32_t n) {
     float t[16] = {0};
     for (uint32_t i = 0; i < 16 && i < n; i++) t[i] = p[i];
     return v16_load(t);
 }
-HB_INLINE void v16_store_n(float* p, v16 a, uint32_t n) {
+HB_INLINE void v16_store_n(float *p, v16 a, uint32_t n) {
     float t[16];
     v16_store(t, a);
     for (uint32_t i = 0; i < 16 && i < n; i++) p[i] = t[i];
@@ -142,19 +142,19 @@ HB_INLINE __m256 hb_pow2_8(__m256 n) {
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 HB_INLINE v16 v16_pow2(v16 n) { return HB_V16(hb_pow2_8(n.l), hb_pow2_8(n.h)); }
-HB_INLINE v16 v16_load_f16(const uint16_t* p) {
-    return HB_V16(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
-                  _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
+HB_INLINE v16 v16_load_f16(const uint16_t *p) {
+    return HB_V16(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+                  _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
 }
-HB_INLINE void v16_store_f16(uint16_t* p, v16 a) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.l, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(a.h, _MM_FROUND_TO_NEAREST_INT));
+HB_INLINE void v16_store_f16(uint16_t *p, v16 a) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.l, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.h, _MM_FROUND_TO_NEAREST_INT));
 }
-HB_INLINE __m256 hb_bf16_8(const uint16_t* p) {
+HB_INLINE __m256 hb_bf16_8(const uint16_t *p) {
     return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
-HB_INLINE v16 v16_load_bf16(const uint16_t* p) { return HB_V16(hb_bf16_8(p), hb_bf16_8(p + 8)); }
+HB_INLINE v16 v16_load_bf16(const uint16_t *p) { return HB_V16(hb_bf16_8(p), hb_bf16_8(p + 8)); }
 HB_INLINE float v16_sum(v16 a) {
     __m256 b = _mm256_add_ps(a.l, a.h);
     __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
@@ -164,15 +164,15 @@ HB_INLINE float v16_sum(v16 a) {
 
 HB_INLINE vi16 vi16_zero(void) { return HB_VI16(_mm256_setzero_si256(), _mm256_setzero_si256()); }
 HB_INLINE vi16 vi16_set1(int32_t x) { return HB_VI16(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
-HB_INLINE vi16 vi16_load(const int32_t* p) {
-    return HB_VI16(_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8)));
+HB_INLINE vi16 vi16_load(const int32_t *p) {
+    return HB_VI16(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 8)));
 }
-HB_INLINE void vi16_store(int32_t* p, vi16 a) {
-    _mm256_storeu_si256((__m256i*)p, a.l);
-    _mm256_storeu_si256((__m256i*)(p + 8), a.h);
+HB_INLINE void vi16_store(int32_t *p, vi16 a) {
+    _mm256_storeu_si256((__m256i *)p, a.l);
+    _mm256_storeu_si256((__m256i *)(p + 8), a.h);
 }
-HB_INLINE vi16 vi16_load_u8(const uint8_t* p) {
-    __m128i b = _mm_loadu_si128((const __m128i*)p);
+HB_INLINE vi16 vi16_load_u8(const uint8_t *p) {
+    __m128i b = _mm_loadu_si128((const __m128i *)p);
     return HB_VI16(_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)));
 }
 HB_INLINE vi16 vi16_add(vi16 a, vi16 b) {
@@ -218,10 +218,10 @@ typedef struct {
     return r
 HB_INLINE v16 v16_set1(float x) { HB_LANES(v16, x); }
 HB_INLINE v16 v16_zero(void) { return v16_set1(0.0f); }
-HB_INLINE v16 v16_load(const float* p) { HB_LANES(v16, p[i]); }
-HB_INLINE v16 v16_load_n(const float* p, uint32_t n) { HB_LANES(v16, (uint32_t)i < n ? p[i] : 0.0f); }
-HB_INLINE void v16_store(float* p, v16 a) { memcpy(p, a.v, sizeof a.v); }
-HB_INLINE void v16_store_n(float* p, v16 a, uint32_t n) {
+HB_INLINE v16 v16_load(const float *p) { HB_LANES(v16, p[i]); }
+HB_INLINE v16 v16_load_n(const float *p, uint32_t n) { HB_LANES(v16, (uint32_t)i < n ? p[i] : 0.0f); }
+HB_INLINE void v16_store(float *p, v16 a) { memcpy(p, a.v, sizeof a.v); }
+HB_INLINE void v16_store_n(float *p, v16 a, uint32_t n) {
     for (uint32_t i = 0; i < 16 && i < n; i++) p[i] = a.v[i];
 }
 HB_INLINE v16 v16_add(v16 a, v16 b) { HB_LANES(v16, a.v[i] + b.v[i]); }
@@ -240,11 +240,11 @@ HB_INLINE v16 v16_select_lt(v16 a, v16 b, v16 yes, v16 no) {
 }
 HB_INLINE v16 v16_rint(v16 a) { HB_LANES(v16, nearbyintf(a.v[i])); }
 HB_INLINE v16 v16_pow2(v16 n) { HB_LANES(v16, hb_from_bits((uint32_t)((int32_t)n.v[i] + 127) << 23)); }
-HB_INLINE v16 v16_load_f16(const uint16_t* p) { HB_LANES(v16, hb_from_f16(p[i])); }
-HB_INLINE void v16_store_f16(uint16_t* p, v16 a) {
+HB_INLINE v16 v16_load_f16(const uint16_t *p) { HB_LANES(v16, hb_from_f16(p[i])); }
+HB_INLINE void v16_store_f16(uint16_t *p, v16 a) {
     for (int i = 0; i < 16; i++) p[i] = hb_to_f16(a.v[i]);
 }
-HB_INLINE v16 v16_load_bf16(const uint16_t* p) { HB_LANES(v16, hb_from_bf16(p[i])); }
+HB_INLINE v16 v16_load_bf16(const uint16_t *p) { HB_LANES(v16, hb_from_bf16(p[i])); }
 HB_INLINE float v16_sum(v16 a) {
     float b[8], c[4];
     for (int i = 0; i < 8; i++) b[i] = a.v[i] + a.v[i + 8];
@@ -254,9 +254,9 @@ HB_INLINE float v16_sum(v16 a) {
 
 HB_INLINE vi16 vi16_set1(int32_t x) { HB_LANES(vi16, x); }
 HB_INLINE vi16 vi16_zero(void) { return vi16_set1(0); }
-HB_INLINE vi16 vi16_load(const int32_t* p) { HB_LANES(vi16, p[i]); }
-HB_INLINE void vi16_store(int32_t* p, vi16 a) { memcpy(p, a.v, sizeof a.v); }
-HB_INLINE vi16 vi16_load_u8(const uint8_t* p) { HB_LANES(vi16, p[i]); }
+HB_INLINE vi16 vi16_load(const int32_t *p) { HB_LANES(vi16, p[i]); }
+HB_INLINE void vi16_store(int32_t *p, vi16 a) { memcpy(p, a.v, sizeof a.v); }
+HB_INLINE vi16 vi16_load_u8(const uint8_t *p) { HB_LANES(vi16, p[i]); }
 HB_INLINE vi16 vi16_add(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] + b.v[i]); }
 HB_INLINE vi16 vi16_sub(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] - b.v[i]); }
 HB_INLINE vi16 vi16_mul(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] * b.v[i]); }
@@ -302,13 +302,13 @@ HB_INLINE v16 v16_tanh(v16 x) {
 }
 
 /* Sixteen stored scales of a type, and the E6M2 row scales of q4. */
-HB_INLINE v16 v16_load_scale(const uint8_t* plane, size_t index, uint32_t type) {
-    if (type == 2) return v16_load_f16((const uint16_t*)(const void*)(plane + index * 32));
-    if (type == 1) return v16_load((const float*)(const void*)(plane + index * 64));
-    return v16_load_bf16((const uint16_t*)(const void*)(plane + index * 32));
+HB_INLINE v16 v16_load_scale(const uint8_t *plane, size_t index, uint32_t type) {
+    if (type == 2) return v16_load_f16((const uint16_t *)(const void *)(plane + index * 32));
+    if (type == 1) return v16_load((const float *)(const void *)(plane + index * 64));
+    return v16_load_bf16((const uint16_t *)(const void *)(plane + index * 32));
 }
 
-HB_INLINE v16 v16_load_e6m2(const uint8_t* p) {
+HB_INLINE v16 v16_load_e6m2(const uint8_t *p) {
     vi16 r = vi16_load_u8(p);
     vi16 bits = vi16_add(vi16_shl(r, 21), vi16_set1((127 - 60) << 23)); /* (r >> 2) << 23 | (r & 3) << 21 */
     return v16_keep_nonzero(r, v16_as_float(bits));

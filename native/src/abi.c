@@ -6,7 +6,7 @@
 
 int hb_abi_version(void) { return HB_ABI_VERSION; }
 
-const char* hb_isa_name(int isa) {
+const char *hb_isa_name(int isa) {
     switch (isa) {
         case HB_ISA_SCALAR:
             return "scalar";
@@ -23,9 +23,9 @@ int hb_isa_supported(int isa) { return hb_cpu_supports(isa); }
 
 int hb_kernel_count(void) { return hb_kernel_rows_count; }
 
-int hb_kernel_info_at(int index, int isa, hb_kernel_info* out) {
+int hb_kernel_info_at(int index, int isa, hb_kernel_info *out) {
     if (index < 0 || index >= hb_kernel_rows_count) return HB_ERROR_RANGE;
-    const hb_kernel_row* r = &hb_kernel_rows[index];
+    const hb_kernel_row *r = &hb_kernel_rows[index];
     out->op = r->op;
     out->family = r->family;
     out->isa = hb_isa_name(r->isa);
@@ -35,11 +35,11 @@ int hb_kernel_info_at(int index, int isa, hb_kernel_info* out) {
     return HB_OK;
 }
 
-int hb_run(hb_program* program, const hb_step* step, uint32_t first, uint32_t last) {
+int hb_run(hb_program *program, const hb_step *step, uint32_t first, uint32_t last) {
     return hb_execute(program, step, first, last);
 }
 
-const char* hb_status_text(int status) {
+const char *hb_status_text(int status) {
     switch (status) {
         case HB_OK:
             return "ok";
@@ -62,10 +62,17 @@ const char* hb_status_text(int status) {
     }
 }
 
-int hb_quantize(const float* x, uint32_t cols, uint32_t block, int isa, int8_t* q, float* d, int32_t* sums) {
+int hb_quantize(const float *x, uint32_t cols, uint32_t block, int isa, int8_t *q, float *d, int32_t *sums) {
     if (block != 4 && block != 8 && block != 16 && block != 32) return HB_ERROR_ARGUMENT;
-    const hb_kernel_row* row = hb_choose("quantize", "any", isa == HB_ISA_BEST ? hb_cpu_best() : isa);
+    const hb_kernel_row *row = hb_choose("quantize", "any", isa == HB_ISA_BEST ? hb_cpu_best() : isa);
     if (!row) return HB_ERROR_ARGUMENT;
-    ((hb_quantize_fn*)row->function)(x, cols, block, q, d, sums);
+    for (uint32_t c = 0; c < cols; c += 32, q += 32, d++, sums += 32 / block) {
+        uint8_t record[32 + 4 + 2 * 4 * 8];
+        hb_strips s = hb_strips_layout(record, 1, 32, block);
+        ((hb_quantize_fn *)row->function)(x + c, cols - c < 32 ? cols - c : 32, &s, 0);
+        memcpy(q, record, 32);
+        memcpy(d, record + 32, 4);
+        memcpy(sums, record + 36 + 4 * (32 / block), 4 * (32 / block));
+    }
     return HB_OK;
 }

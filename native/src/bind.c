@@ -14,16 +14,16 @@ const hb_kernel_row hb_kernel_rows[] = {
 #undef HB_KERNEL
 const int hb_kernel_rows_count = (int)(sizeof hb_kernel_rows / sizeof hb_kernel_rows[0]);
 
-const hb_kernel_row* hb_choose(const char* op, const char* family, int isa) {
+const hb_kernel_row *hb_choose(const char *op, const char *family, int isa) {
     for (int i = 0; i < hb_kernel_rows_count; i++) {
-        const hb_kernel_row* r = &hb_kernel_rows[i];
+        const hb_kernel_row *r = &hb_kernel_rows[i];
         if (r->isa <= isa && !strcmp(r->op, op) && !strcmp(r->family, family) && hb_cpu_supports(r->isa))
             return r;
     }
     return NULL;
 }
 
-const char* hb_linear_family(uint32_t encoding, int policy) {
+const char *hb_linear_family(uint32_t encoding, int policy) {
     switch (encoding) {
         case HB_ENC_F32:
         case HB_ENC_F16:
@@ -50,7 +50,7 @@ const char* hb_linear_family(uint32_t encoding, int policy) {
 static size_t align_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 /* Takes a matrix apart (the arrangement of formats/tiles.py); a reason when it cannot. */
-static const char* open_matrix(const hb_weight* w, hb_matrix* m) {
+static const char *open_matrix(const hb_weight *w, hb_matrix *m) {
     static const struct {
         uint32_t encoding, bits;
         bool mins, zeros;
@@ -105,23 +105,23 @@ static const char* open_matrix(const hb_weight* w, hb_matrix* m) {
     return w->nbytes < need ? "a matrix has too few bytes" : NULL;
 }
 
-static float attr_float(const hb_op* op, int i) {
+static float attr_float(const hb_op *op, int i) {
     float f;
     memcpy(&f, &op->attr[i], 4);
     return f;
 }
 
-static uint32_t share_angles(hb_program* p, const float* inv_freq, uint32_t n, float mscale) {
+static uint32_t share_angles(hb_program *p, const float *inv_freq, uint32_t n, float mscale) {
     for (uint32_t i = 0; i < p->angles_count; i++) {
-        hb_angles* a = &p->angles[i];
+        hb_angles *a = &p->angles[i];
         if (a->inv_freq == inv_freq && a->n == n && a->mscale == mscale) return i;
     }
     p->angles[p->angles_count] = (hb_angles){inv_freq, n, mscale, NULL, false};
     return p->angles_count++;
 }
 
-static const char* bind_op(hb_program* p, hb_bound* b, const hb_weight* weights, uint32_t weight_count) {
-    const hb_op* op = &b->op;
+static const char *bind_op(hb_program *p, hb_bound *b, const hb_weight *weights, uint32_t weight_count) {
+    const hb_op *op = &b->op;
     for (int i = 0; i < 4; i++) {
         if (op->in[i] != HB_NONE && op->in[i] >= p->slot_count) return "a slot does not exist";
         if (op->w[i] != HB_NONE && op->w[i] >= weight_count) return "a tensor does not exist";
@@ -130,7 +130,7 @@ static const char* bind_op(hb_program* p, hb_bound* b, const hb_weight* weights,
     const int vectors = op->code == HB_OP_LINEAR ? 1 : 0; /* where vector operands start */
     if (op->code == HB_OP_LINEAR || op->code == HB_OP_EMBED) {
         if (op->w[0] == HB_NONE) return "the matrix is missing";
-        const char* why = open_matrix(&weights[op->w[0]], &b->matrix);
+        const char *why = open_matrix(&weights[op->w[0]], &b->matrix);
         if (why) return why;
     }
     const bool has_vectors =
@@ -145,15 +145,14 @@ static const char* bind_op(hb_program* p, hb_bound* b, const hb_weight* weights,
     }
     switch (op->code) {
         case HB_OP_LINEAR: {
-            const char* family = hb_linear_family(b->matrix.encoding, p->policy);
-            const hb_kernel_row* row = hb_choose("linear", family, p->isa);
+            const char *family = hb_linear_family(b->matrix.encoding, p->policy);
+            const hb_kernel_row *row = hb_choose("linear", family, p->isa);
             if (!row) return "no kernel";
-            b->linear = (hb_linear_fn*)row->function;
+            b->linear = (hb_linear_fn *)row->function;
             b->quantised = strcmp(family, "float") && strcmp(family, "dequantised");
             if (b->quantised) {
-                uint32_t cols = (uint32_t)align_up(b->matrix.cols, 32), sums = cols / b->matrix.block;
-                p->quant_cols = cols > p->quant_cols ? cols : p->quant_cols;
-                p->quant_sums = sums > p->quant_sums ? sums : p->quant_sums;
+                size_t need = hb_strips_layout(NULL, 1, b->matrix.cols, b->matrix.block).strip_bytes;
+                p->strip_bytes = need > p->strip_bytes ? need : p->strip_bytes;
             }
             return NULL;
         }
@@ -165,7 +164,7 @@ static const char* bind_op(hb_program* p, hb_bound* b, const hb_weight* weights,
         case HB_OP_ATTEND: {
             if (op->attr[0] >= p->cache_count) return "a cache does not exist";
             if (op->code == HB_OP_KV_PUT) return NULL;
-            const hb_cache* c = &p->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
+            const hb_cache *c = &p->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
             uint32_t share = p->slots[op->in[0]].width / c->k_dim / c->kv_heads;
             size_t need = align_up(hb_attend_scratch(share, c->v_dim), 64);
             p->scratch_bytes = need > p->scratch_bytes ? need : p->scratch_bytes;
@@ -185,21 +184,20 @@ static const char* bind_op(hb_program* p, hb_bound* b, const hb_weight* weights,
     }
 }
 
-static void* copy(const void* from, size_t count, size_t size) {
-    void* to = calloc(count ? count : 1, size);
+static void *copy(const void *from, size_t count, size_t size) {
+    void *to = calloc(count ? count : 1, size);
     if (to && count) memcpy(to, from, count * size);
     return to;
 }
 
-bool hb_program_reserve(hb_program* p, uint32_t tokens) {
+bool hb_program_reserve(hb_program *p, uint32_t tokens) {
     if (tokens <= p->tokens) return true;
-    free(p->q), free(p->d), free(p->sums);
-    p->q = NULL, p->d = NULL, p->sums = NULL, p->tokens = 0;
+    free(p->strips);
+    p->strips = NULL, p->tokens = 0;
     bool ok = true;
-    if (p->quant_cols) {
-        ok = !posix_memalign((void**)&p->q, 64, (size_t)tokens * p->quant_cols) &&
-             !posix_memalign((void**)&p->d, 64, (size_t)tokens * (p->quant_cols / 32) * sizeof(float)) &&
-             !posix_memalign((void**)&p->sums, 64, (size_t)tokens * p->quant_sums * sizeof(int32_t));
+    if (p->strip_bytes) {
+        const size_t whole = ((size_t)tokens + HB_STRIP - 1) / HB_STRIP * HB_STRIP;
+        ok = !posix_memalign((void **)&p->strips, 64, whole * p->strip_bytes);
     }
     for (uint32_t i = 0; i < p->angles_count; i++) {
         free(p->angles[i].table);
@@ -210,16 +208,16 @@ bool hb_program_reserve(hb_program* p, uint32_t tokens) {
     return ok;
 }
 
-void hb_free(hb_program* p) {
+void hb_free(hb_program *p) {
     if (!p) return;
     for (uint32_t i = 0; p->angles && i < p->angles_count; i++) free(p->angles[i].table);
     free(p->ops), free(p->slots), free(p->caches), free(p->angles);
-    free(p->scratch), free(p->q), free(p->d), free(p->sums);
+    free(p->scratch), free(p->strips);
     free(p);
 }
 
-static void choose_kernels(hb_program* p) {
-#define CHOOSE(name) p->kernels.name = (hb_##name##_fn*)hb_choose(#name, "any", p->isa)->function
+static void choose_kernels(hb_program *p) {
+#define CHOOSE(name) p->kernels.name = (hb_##name##_fn *)hb_choose(#name, "any", p->isa)->function
     CHOOSE(quantize);
     CHOOSE(embed);
     CHOOSE(rmsnorm);
@@ -234,11 +232,11 @@ static void choose_kernels(hb_program* p) {
 #undef CHOOSE
 }
 
-hb_program* hb_bind(const hb_op* ops, uint32_t op_count, const hb_slot* slots, uint32_t slot_count,
-                    const hb_cache* caches, uint32_t cache_count, const hb_weight* weights,
-                    uint32_t weight_count, int policy, int isa, hb_pool* pool, char* error,
+hb_program *hb_bind(const hb_op *ops, uint32_t op_count, const hb_slot *slots, uint32_t slot_count,
+                    const hb_cache *caches, uint32_t cache_count, const hb_weight *weights,
+                    uint32_t weight_count, int policy, int isa, hb_pool *pool, char *error,
                     size_t error_size) {
-    hb_program* p = calloc(1, sizeof *p);
+    hb_program *p = calloc(1, sizeof *p);
     if (!p) {
         snprintf(error, error_size, "out of memory");
         return NULL;
@@ -251,7 +249,7 @@ hb_program* hb_bind(const hb_op* ops, uint32_t op_count, const hb_slot* slots, u
     p->slots = copy(slots, slot_count, sizeof *slots);
     p->caches = copy(caches, cache_count, sizeof *caches);
     p->scratch_bytes = HB_LINEAR_SCRATCH;
-    const char* why = NULL;
+    const char *why = NULL;
     uint32_t at = 0;
     if (!p->ops || !p->angles || !p->slots || !p->caches)
         why = "out of memory";
@@ -264,7 +262,7 @@ hb_program* hb_bind(const hb_op* ops, uint32_t op_count, const hb_slot* slots, u
         why = bind_op(p, &p->ops[at], weights, weight_count);
         if (why) break;
     }
-    if (!why && posix_memalign((void**)&p->scratch, 64, p->scratch_bytes * (size_t)hb_pool_threads(pool)))
+    if (!why && posix_memalign((void **)&p->scratch, 64, p->scratch_bytes * (size_t)hb_pool_threads(pool)))
         why = "out of memory";
     if (!why) return p;
     snprintf(error, error_size, "record %u: %s", at, why);

@@ -7,49 +7,49 @@
 enum { SMALL_VALUES = 1 << 15, SMALL_PRODUCTS = 1 << 17 };
 
 typedef struct {
-    hb_program* program;
-    const hb_step* step;
-    const hb_bound* bound;
+    hb_program *program;
+    const hb_step *step;
+    const hb_bound *bound;
     hb_linear linear;
     hb_attend attend;
 } job;
 
 typedef struct {
-    float* p;
+    float *p;
     size_t stride; /* values from row to row */
 } view;
 
-static view slot(const job* j, uint32_t i) {
-    const hb_slot* s = &j->program->slots[i];
+static view slot(const job *j, uint32_t i) {
+    const hb_slot *s = &j->program->slots[i];
     return (view){j->step->slot_base[s->base] + s->offset, j->program->slots[s->base].width};
 }
 
-static uint32_t slot_rows(const job* j, uint32_t i) {
+static uint32_t slot_rows(const job *j, uint32_t i) {
     return j->program->slots[i].rows == HB_ROWS_PICKS ? j->step->picks : j->step->rows;
 }
 
-static float attr_float(const hb_op* op, int i) {
+static float attr_float(const hb_op *op, int i) {
     float f;
     memcpy(&f, &op->attr[i], 4);
     return f;
 }
 
 /* One row of an op that treats rows alike. */
-static void row_task(void* context, uint32_t t, uint32_t worker) {
+static void row_task(void *context, uint32_t t, uint32_t worker) {
     (void)worker;
-    const job* j = context;
-    const hb_bound* b = j->bound;
-    const hb_op* op = &b->op;
-    const hb_kernels* k = &j->program->kernels;
+    const job *j = context;
+    const hb_bound *b = j->bound;
+    const hb_op *op = &b->op;
+    const hb_kernels *k = &j->program->kernels;
     if (op->code == HB_OP_KV_PUT) {
-        const hb_cache* c = &j->program->caches[op->attr[HB_ATTR_KV_PUT_CACHE]];
-        const hb_kv* kv = &j->step->kv[j->step->sessions[t]];
+        const hb_cache *c = &j->program->caches[op->attr[HB_ATTR_KV_PUT_CACHE]];
+        const hb_kv *kv = &j->step->kv[j->step->sessions[t]];
         const uint32_t cache = op->attr[HB_ATTR_KV_PUT_CACHE], size = kv->type == HB_ENC_F32 ? 4 : 2;
         const size_t position = (size_t)j->step->positions[t];
         for (int i = 0; i < 2; i++) {
             view x = slot(j, op->in[i]);
             const uint32_t dim = i ? c->v_dim : c->k_dim;
-            char* to = i ? kv->v[cache] : kv->k[cache];
+            char *to = i ? kv->v[cache] : kv->k[cache];
             for (uint32_t h = 0; h < c->kv_heads; h++)
                 k->kv_put(x.p + t * x.stride + (size_t)h * dim, dim, kv->type,
                           to + ((size_t)h * kv->capacity + position) * dim * size);
@@ -58,13 +58,13 @@ static void row_task(void* context, uint32_t t, uint32_t worker) {
     }
     const uint32_t width = j->program->slots[op->out[0]].width;
     view out = slot(j, op->out[0]);
-    float* y = out.p + t * out.stride;
+    float *y = out.p + t * out.stride;
     if (op->code == HB_OP_EMBED) {
         k->embed(&b->matrix, (uint32_t)j->step->ids[t], y);
         return;
     }
     view in = slot(j, op->in[0]);
-    const float* x = in.p + t * in.stride;
+    const float *x = in.p + t * in.stride;
     switch (op->code) {
         case HB_OP_PICK:
             memcpy(y, in.p + (size_t)j->step->pick_rows[t] * in.stride, width * sizeof(float));
@@ -80,7 +80,7 @@ static void row_task(void* context, uint32_t t, uint32_t worker) {
         case HB_OP_ADD:
         case HB_OP_MUL: {
             view second = slot(j, op->in[1]);
-            const float* z = second.p + t * second.stride;
+            const float *z = second.p + t * second.stride;
             if (op->code == HB_OP_ADD)
                 k->add(x, z, attr_float(op, HB_ATTR_ADD_SCALE), width, y);
             else
@@ -94,8 +94,8 @@ static void row_task(void* context, uint32_t t, uint32_t worker) {
             k->glu(x, x + width, width, op->attr[HB_ATTR_GLU_FUNCTION], y);
             return;
         case HB_OP_ROPE: {
-            const hb_angles* a = &j->program->angles[b->angles];
-            const float* table = a->table + (size_t)t * 2 * a->n;
+            const hb_angles *a = &j->program->angles[b->angles];
+            const float *table = a->table + (size_t)t * 2 * a->n;
             const uint32_t head = op->attr[HB_ATTR_ROPE_HEAD_DIM];
             k->rope(x, width / head, head, a->n, table, table + a->n, y);
             return;
@@ -105,8 +105,8 @@ static void row_task(void* context, uint32_t t, uint32_t worker) {
     }
 }
 
-static void run_rows(job* j) {
-    const hb_op* op = &j->bound->op;
+static void run_rows(job *j) {
+    const hb_op *op = &j->bound->op;
     const uint32_t i = op->code == HB_OP_KV_PUT ? op->in[0] : op->out[0];
     const uint32_t rows = slot_rows(j, i), width = j->program->slots[i].width;
     const uint32_t all = rows ? rows : 1;
@@ -114,38 +114,35 @@ static void run_rows(job* j) {
                 (size_t)rows * width < SMALL_VALUES ? all : (all + 15) / 16);
 }
 
-static void quantize_task(void* context, uint32_t t, uint32_t worker) {
+static void quantize_task(void *context, uint32_t t, uint32_t worker) {
     (void)worker;
-    const job* j = context;
-    const hb_linear* l = &j->linear;
-    hb_program* p = j->program;
-    p->kernels.quantize(l->x + t * l->ldx, l->matrix->cols, l->matrix->block, p->q + t * l->ldq,
-                        p->d + t * l->ldd, p->sums + t * l->lds);
+    const job *j = context;
+    const hb_linear *l = &j->linear;
+    hb_strips strip = l->strips;
+    strip.data += t / strip.width * strip.strip_bytes;
+    j->program->kernels.quantize(l->x + t * l->ldx, l->matrix->cols, &strip, t % strip.width);
 }
 
-static void linear_task(void* context, uint32_t index, uint32_t worker) {
-    const job* j = context;
-    const hb_bound* b = j->bound;
+static void linear_task(void *context, uint32_t index, uint32_t worker) {
+    const job *j = context;
+    const hb_bound *b = j->bound;
     const uint32_t panels = (b->matrix.rows + 15) / 16, tile = index / panels;
     const uint32_t rows = slot_rows(j, b->op.out[0]), t0 = tile * HB_TOKEN_TILE;
     const uint32_t t1 = rows - t0 < HB_TOKEN_TILE ? rows : t0 + HB_TOKEN_TILE;
     b->linear(&j->linear, index % panels, t0, t1, j->program->scratch + worker * j->program->scratch_bytes);
 }
 
-static void run_linear(job* j) {
-    hb_program* p = j->program;
-    const hb_bound* b = j->bound;
-    const hb_matrix* m = &b->matrix;
+static void run_linear(job *j) {
+    hb_program *p = j->program;
+    const hb_bound *b = j->bound;
+    const hb_matrix *m = &b->matrix;
     const uint32_t rows = slot_rows(j, b->op.out[0]);
     const view x = slot(j, b->op.in[0]), y = slot(j, b->op.out[0]);
     if (!rows) return;
     j->linear =
         (hb_linear){.matrix = m, .bias = b->vector[0], .x = x.p, .ldx = x.stride, .y = y.p, .ldy = y.stride};
     if (b->quantised) {
-        j->linear.q = p->q, j->linear.d = p->d, j->linear.sums = p->sums;
-        j->linear.ldd = (m->cols + 31u) / 32u;
-        j->linear.ldq = j->linear.ldd * 32;
-        j->linear.lds = j->linear.ldq / m->block;
+        j->linear.strips = hb_strips_layout(p->strips, rows, m->cols, m->block);
         hb_pool_run(p->pool, quantize_task, j, rows,
                     (size_t)rows * m->cols < SMALL_VALUES ? rows : (rows + 15) / 16);
     }
@@ -155,20 +152,20 @@ static void run_linear(job* j) {
     hb_pool_run(p->pool, linear_task, j, count, small ? count : share > 32 ? 32 : share);
 }
 
-static void attend_task(void* context, uint32_t index, uint32_t worker) {
-    const job* j = context;
-    const hb_attend* a = &j->attend;
+static void attend_task(void *context, uint32_t index, uint32_t worker) {
+    const job *j = context;
+    const hb_attend *a = &j->attend;
     /* the longest rows first, so that the last to finish is short */
     const uint32_t t = j->step->rows - 1 - index / a->kv_heads;
     j->program->kernels.attend(a, t, index % a->kv_heads,
                                j->program->scratch + worker * j->program->scratch_bytes);
 }
 
-static void run_attend(job* j) {
-    const hb_op* op = &j->bound->op;
-    const hb_cache* c = &j->program->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
+static void run_attend(job *j) {
+    const hb_op *op = &j->bound->op;
+    const hb_cache *c = &j->program->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
     const view q = slot(j, op->in[0]), y = slot(j, op->out[0]);
-    const hb_step* s = j->step;
+    const hb_step *s = j->step;
     j->attend = (hb_attend){.q = q.p,
                             .y = y.p,
                             .ldq = q.stride,
@@ -194,11 +191,11 @@ static void run_attend(job* j) {
     hb_pool_run(j->program->pool, attend_task, j, count, products < SMALL_PRODUCTS / 4 ? count : 1);
 }
 
-static void angles_task(void* context, uint32_t t, uint32_t worker) {
+static void angles_task(void *context, uint32_t t, uint32_t worker) {
     (void)worker;
-    const job* j = context;
-    const hb_angles* a = &j->program->angles[j->bound->angles];
-    float* table = a->table + (size_t)t * 2 * a->n;
+    const job *j = context;
+    const hb_angles *a = &j->program->angles[j->bound->angles];
+    float *table = a->table + (size_t)t * 2 * a->n;
     for (uint32_t i = 0; i < a->n; i++) {
         double angle = (double)j->step->positions[t] * (double)a->inv_freq[i];
         table[i] = (float)(cos(angle) * (double)a->mscale);
@@ -206,8 +203,8 @@ static void angles_task(void* context, uint32_t t, uint32_t worker) {
     }
 }
 
-static void run_rope(job* j) {
-    hb_angles* a = &j->program->angles[j->bound->angles];
+static void run_rope(job *j) {
+    hb_angles *a = &j->program->angles[j->bound->angles];
     if (!a->ready) {
         const uint32_t rows = j->step->rows;
         hb_pool_run(j->program->pool, angles_task, j, rows,
@@ -218,7 +215,7 @@ static void run_rope(job* j) {
 }
 
 /* What cannot be known before the step: ids, sessions, positions and picks in range. */
-static int check_step(const hb_program* p, const hb_step* s) {
+static int check_step(const hb_program *p, const hb_step *s) {
     uint32_t vocabulary = UINT32_MAX;
     for (uint32_t i = 0; i < p->op_count; i++)
         if (p->ops[i].op.code == HB_OP_EMBED && p->ops[i].matrix.rows < vocabulary)
@@ -238,7 +235,7 @@ static int check_step(const hb_program* p, const hb_step* s) {
     return HB_OK;
 }
 
-int hb_execute(hb_program* p, const hb_step* step, uint32_t first, uint32_t last) {
+int hb_execute(hb_program *p, const hb_step *step, uint32_t first, uint32_t last) {
     if (first > last || last > p->op_count) return HB_ERROR_RANGE;
     int status = check_step(p, step);
     if (status != HB_OK) return status;

@@ -4,6 +4,6 @@
 
 #include "bind.h"
 
-int hb_execute(hb_program* program, const hb_step* step, uint32_t first, uint32_t last);
+int hb_execute(hb_program *program, const hb_step *step, uint32_t first, uint32_t last);
 
 #endif

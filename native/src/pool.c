@@ -16,7 +16,7 @@ enum { INSIDE = 0xffff, OPEN = 0x10000, GENERATION = 0x20000 };
 enum { MAX_THREADS = 1024 };
 
 typedef struct {
-    hb_pool* pool;
+    hb_pool *pool;
     pthread_t thread;
     uint32_t worker;
 } member;
@@ -26,11 +26,11 @@ struct hb_pool {
     _Alignas(64) _Atomic uint32_t next;
     _Alignas(64) _Atomic int sleepers;
     _Atomic bool stop;
-    hb_task* task;
-    void* context;
+    hb_task *task;
+    void *context;
     uint32_t count, chunk;
     int threads, spins;
-    member* members;
+    member *members;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 };
@@ -43,7 +43,7 @@ static inline void relax(void) {
 #endif
 }
 
-static void work(hb_pool* p, uint32_t worker) {
+static void work(hb_pool *p, uint32_t worker) {
     const uint32_t count = p->count, chunk = p->chunk;
     for (;;) {
         uint32_t first = atomic_fetch_add_explicit(&p->next, chunk, memory_order_relaxed);
@@ -54,7 +54,7 @@ static void work(hb_pool* p, uint32_t worker) {
 }
 
 /* Waits until the state differs from `seen` in generation or the pool stops. */
-static uint64_t await(hb_pool* p, uint64_t seen) {
+static uint64_t await(hb_pool *p, uint64_t seen) {
     for (int i = 0; i < p->spins; i++) {
         uint64_t now = atomic_load_explicit(&p->state, memory_order_acquire);
         if (now / GENERATION != seen / GENERATION || atomic_load_explicit(&p->stop, memory_order_relaxed))
@@ -71,9 +71,9 @@ static uint64_t await(hb_pool* p, uint64_t seen) {
     return now;
 }
 
-static void* member_main(void* argument) {
-    member* me = argument;
-    hb_pool* p = me->pool;
+static void *member_main(void *argument) {
+    member *me = argument;
+    hb_pool *p = me->pool;
     uint64_t seen = 0;
     for (;;) {
         uint64_t now = await(p, seen);
@@ -88,11 +88,11 @@ static void* member_main(void* argument) {
     }
 }
 
-hb_pool* hb_pool_create(int threads) {
+hb_pool *hb_pool_create(int threads) {
     if (threads < 1) threads = 1;
     if (threads > MAX_THREADS) threads = MAX_THREADS;
-    hb_pool* p = NULL;
-    if (posix_memalign((void**)&p, 64, sizeof *p)) return NULL;
+    hb_pool *p = NULL;
+    if (posix_memalign((void **)&p, 64, sizeof *p)) return NULL;
     atomic_init(&p->state, 0);
     atomic_init(&p->next, 0);
     atomic_init(&p->sleepers, 0);
@@ -107,7 +107,7 @@ hb_pool* hb_pool_create(int threads) {
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     for (int i = 1; i < threads; i++) {
-        member* m = &p->members[i];
+        member *m = &p->members[i];
         m->pool = p;
         m->worker = (uint32_t)i;
         if (pthread_create(&m->thread, NULL, member_main, m)) break; /* fewer threads are still right */
@@ -116,9 +116,9 @@ hb_pool* hb_pool_create(int threads) {
     return p;
 }
 
-int hb_pool_threads(const hb_pool* pool) { return pool->threads; }
+int hb_pool_threads(const hb_pool *pool) { return pool->threads; }
 
-void hb_pool_free(hb_pool* p) {
+void hb_pool_free(hb_pool *p) {
     if (!p) return;
     pthread_mutex_lock(&p->mutex);
     atomic_store(&p->stop, true);
@@ -131,7 +131,7 @@ void hb_pool_free(hb_pool* p) {
     free(p);
 }
 
-void hb_pool_run(hb_pool* p, hb_task* task, void* context, uint32_t count, uint32_t chunk) {
+void hb_pool_run(hb_pool *p, hb_task *task, void *context, uint32_t count, uint32_t chunk) {
     if (chunk < 1) chunk = 1;
     if (p->threads == 1 || count <= chunk) {
         for (uint32_t i = 0; i < count; i++) task(context, i, 0);

@@ -7,10 +7,10 @@
 #include "halfbyte.h"
 
 /* `worker` is below hb_pool_threads: it numbers the thread, for its scratch memory. */
-typedef void hb_task(void* context, uint32_t index, uint32_t worker);
+typedef void hb_task(void *context, uint32_t index, uint32_t worker);
 
 /* Calls task for 0 <= index < count in any order, `chunk` consecutive ones at a time on one thread. Returns
  * when all are done. */
-void hb_pool_run(hb_pool* pool, hb_task* task, void* context, uint32_t count, uint32_t chunk);
+void hb_pool_run(hb_pool *pool, hb_task *task, void *context, uint32_t count, uint32_t chunk);
 
 #endif

@@ -26,6 +26,7 @@ from halfbyte.runtime.backends.backend import Backend, Step, operands
 from halfbyte.runtime.backends.reference import QUANT_GROUP
 
 _LOCK = threading.Lock()  # Numba's thread pool serves one caller at a time
+_announced: list[bool] = []
 _PARALLEL_WORK = 1 << 15  # elements or multiply-adds below which waking threads costs more
 _PANELS_PER_TASK = 4  # of a prompt: the panels that share a tile of tokens while it is in the cache
 
@@ -42,17 +43,15 @@ def _address(a: np.ndarray) -> int:
 @contextlib.contextmanager
 def _announcing() -> Iterator[None]:
     """Say, on a terminal and once, that kernels are being compiled, if they are (and not just loaded)."""
-    if not sys.stderr.isatty():
+    if _announced or not sys.stderr.isatty():
         yield
         return
     from numba.core import event
 
     class Announcer(event.Listener):
-        said = False
-
         def on_start(self, event: Any) -> None:
-            if not self.said:
-                self.said = True
+            if not _announced:
+                _announced.append(True)
                 print("compiling kernels (first run only)...", file=sys.stderr, flush=True)
 
         def on_end(self, event: Any) -> None:

@@ -205,7 +205,7 @@ f64_bits = _bits(types.float64, types.int64)
 bits_f64 = _bits(types.int64, types.float64)
 
 
-def _fma(ty: types.Type) -> Callable:
+def _fma(ty: types.Float) -> Callable:
     @intrinsic
     def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:

@@ -27,6 +27,8 @@ WEIGHT, SHIFT, DIM, EPS, COS, SIN, HALF, SCALE, CAP, IDS = range(30, 40)
 POSITIONS, SESSIONS, KV, KV_SESSIONS, KV_HEADS, K_DIM, V_DIM, WINDOW, SCRATCH, SCRATCH_ROW = range(40, 50)
 WORDS = 50
 
+_AHEAD = 4096  # bytes
+
 
 class MatrixSpec(NamedTuple):
     """How a kernel reads a matrix. `block`: columns of one integer dot; `single`: one block per group."""
@@ -156,6 +158,14 @@ class _Matrix:
             out = [e.lookup(table, w) for w in out]
         return out
 
+    def prefetch(self, i: ir.Value) -> None:
+        """Ask for the codes that are _AHEAD bytes beyond block i: the hardware stops at pages."""
+        e, size = self.e, self.spec.block * LANES * self.encoding.bits // 8
+        base = e.offset(self.codes, e.scaled(i, size), _AHEAD)
+        hints = [ir.Constant(I32, v) for v in (0, 3, 1)]  # read, keep, data
+        for at in range(0, size, 64):
+            e.call("llvm.prefetch.p0", ir.VoidType(), e.at(e.offset(base, at), I8), *hints)
+
     def floats(self, quad: ir.Value, j: int, s: Any, shift: Any, m: Any) -> ir.Value:
         """float32 weights of column 4 * quad + j, by the formulas of formats/encodings.py."""
         e, b, enc = self.e, self.e.b, self.encoding
@@ -235,6 +245,8 @@ def _emit_integer_tile(m: _Matrix, n: int, panel: ir.Value, token: ir.Value) -> 
         zero = e.const(VI32, 0)
         ways = 2 if n < 4 else 1  # two chains hide the dot's latency where tokens do not
         acc = [[zero] * ways for _ in range(n)]
+        if n == 1:
+            m.prefetch(i)
         for q, w in enumerate(m.operands(i)):
             for t in range(n):
                 quad = e.load(e.offset(x, 32 * t + 4 * q), I32, 4)

@@ -174,7 +174,13 @@ def _print(found: dict[str, Any]) -> None:
     for b in found["backends"]:
         state = "works" if b["ok"] else "WRONG" if b["available"] else "not available"
         facts = b["why"] or ", ".join(
-            f"{k} {v}" for k, v in b["details"].items() if k not in ("backend", "policy")
+            f"{k} {v}"
+            for k, v in b["details"].items()
+            if k not in ("backend", "policy") and not isinstance(v, dict)
         )
         table.append((b["name"], state, f"{b['seconds']:.1f} s", facts))
     print_table(table, ("backend", "state", "time", "details"), "  r")
+    for b in found["backends"]:
+        if chosen := b["details"].get("kernels"):
+            print()
+            print_table(list(chosen.items()), (f"{b['name']} kernel", "chosen"))

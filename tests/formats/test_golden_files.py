@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_golden import GOLDEN, RECORD, build, describe
+from parts import Parts, Section
 
+from halfbyte.formats import container, metadata
 from halfbyte.formats.container import File
 from halfbyte.formats.encodings import ENCODINGS
 from halfbyte.formats.errors import FormatError
@@ -73,3 +77,38 @@ def test_hostile_file(name: str) -> None:
     message = str(caught.value)
     assert HOSTILE[name] in message
     assert len(message.splitlines()) == 1 and name in message
+
+
+def test_every_refusal_of_the_reader_is_shown() -> None:
+    """Each message in container.py and metadata.py is caused by some hostile file."""
+    messages = []
+    for name in HOSTILE:
+        with pytest.raises(FormatError) as caught:
+            File(ERRORS / name).verify()
+        messages.append(str(caught.value))
+    refusals = []
+    for module in (container, metadata):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Call) and node.args and not isinstance(node.args[0], ast.Name):
+                name = (
+                    node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                )
+                if name in ("FormatError", "_bad", "ValueError"):
+                    constants = [n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant)]
+                    refusals.append([c for c in constants if isinstance(c, str) and len(c) > 6])
+    writer_only = [" cannot be stored: "]
+    unseen = [parts for parts in refusals if parts[-1:] != writer_only]
+    assert len(unseen) > 40
+    assert [parts for parts in unseen if not any(all(p in m for p in parts) for m in messages)] == []
+
+
+def test_what_a_newer_minor_version_may_add(tmp_path: Path) -> None:
+    """A newer minor number and an unknown section that need not be understood are no obstacle."""
+    parts = Parts(File(GOLDEN / "1.0-q4.hb"))
+    parts.header_edits.append((10, b"\x05\x00"))
+    parts.extra.append(Section(b"NEWS", b"a section of the future", 0))
+    path = tmp_path / "newer.hb"
+    path.write_bytes(parts.build())
+    file = File(path)
+    file.verify()
+    assert file.version == (1, 5) and file.section("NEWS") == b"a section of the future"

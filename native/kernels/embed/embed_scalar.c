@@ -1,9 +1,9 @@
 /* EMBED: one row of a p16 matrix as floats. */
 #include "kernels/linear/dequantise.h"
 
-void hb_embed_scalar(const hb_matrix* m, uint32_t row, float* y) {
+void hb_embed_scalar(const hb_matrix *m, uint32_t row, float *y) {
     const uint32_t panel = row / 16, r = row % 16;
-    const uint8_t* values = m->codes + panel * m->panel_codes;
+    const uint8_t *values = m->codes + panel * m->panel_codes;
     switch (m->encoding) {
         case HB_ENC_F32:
             for (uint32_t c = 0; c < m->cols; c++) memcpy(y + c, values + ((size_t)c * 16 + r) * 4, 4);

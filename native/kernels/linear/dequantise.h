@@ -9,7 +9,7 @@
 
 static const int8_t hb_q4_levels[16] = HB_Q4_LEVELS;
 
-HB_INLINE float hb_scale_at(const uint8_t* plane, size_t index, uint32_t type) {
+HB_INLINE float hb_scale_at(const uint8_t *plane, size_t index, uint32_t type) {
     if (type == HB_ENC_F32) {
         float f;
         memcpy(&f, plane + index * 4, 4);
@@ -21,8 +21,8 @@ HB_INLINE float hb_scale_at(const uint8_t* plane, size_t index, uint32_t type) {
 }
 
 /* The scale of row r of group g of a panel (q4: row scale times sub-scale). */
-HB_INLINE float hb_group_scale(const hb_matrix* m, uint32_t panel, uint32_t g, uint32_t r) {
-    const uint8_t* scales = m->scales + panel * m->panel_scales;
+HB_INLINE float hb_group_scale(const hb_matrix *m, uint32_t panel, uint32_t g, uint32_t r) {
+    const uint8_t *scales = m->scales + panel * m->panel_scales;
     size_t at = (size_t)g * 16 + r;
     if (m->encoding != HB_ENC_Q4) return hb_scale_at(scales, at, m->scale_type);
     uint32_t e = m->row[(size_t)panel * 16 + r];
@@ -30,13 +30,13 @@ HB_INLINE float hb_group_scale(const hb_matrix* m, uint32_t panel, uint32_t g, u
     return row * (float)((scales[at] & 254) - 127);
 }
 
-HB_INLINE float hb_group_min(const hb_matrix* m, uint32_t panel, uint32_t g, uint32_t r) {
+HB_INLINE float hb_group_min(const hb_matrix *m, uint32_t panel, uint32_t g, uint32_t r) {
     return hb_scale_at(m->mins + panel * m->panel_scales, (size_t)g * 16 + r, m->scale_type);
 }
 
 /* The integer level of row r, column c, zero point and shift included. */
-HB_INLINE int32_t hb_level(const hb_matrix* m, uint32_t panel, uint32_t g, uint32_t r, uint32_t c) {
-    const uint8_t* codes = m->codes + panel * m->panel_codes;
+HB_INLINE int32_t hb_level(const hb_matrix *m, uint32_t panel, uint32_t g, uint32_t r, uint32_t c) {
+    const uint8_t *codes = m->codes + panel * m->panel_codes;
     size_t at = (size_t)g * 16 + r;
     switch (m->encoding) {
         case HB_ENC_Q8:
@@ -62,6 +62,6 @@ HB_INLINE int32_t hb_level(const hb_matrix* m, uint32_t panel, uint32_t g, uint3
     }
 }
 
-HB_INLINE uint32_t hb_group_of(const hb_matrix* m, uint32_t c) { return m->group ? c / m->group : 0; }
+HB_INLINE uint32_t hb_group_of(const hb_matrix *m, uint32_t c) { return m->group ? c / m->group : 0; }
 
 #endif

@@ -18,15 +18,15 @@ typedef __m512i quad;
 #define QUAD_WIDE 12  /* tokens whose sums fit the registers */
 #define QUAD_DIRECT 4 /* tokens worth unpacking codes in registers for */
 
-HB_INLINE quad quad_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-HB_INLINE void quad_store(uint8_t* p, quad a) { _mm512_storeu_si512(p, a); }
+HB_INLINE quad quad_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+HB_INLINE void quad_store(uint8_t *p, quad a) { _mm512_storeu_si512(p, a); }
 HB_INLINE quad quad_set1(int byte) { return _mm512_set1_epi8((char)byte); }
 HB_INLINE quad quad_xor(quad a, quad b) { return _mm512_xor_si512(a, b); }
 HB_INLINE quad quad_add_rows(quad a, vi16 rows) { /* adds rows[r] (0..127) to the 4 bytes of row r */
     return _mm512_add_epi8(a, _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101)));
 }
 HB_INLINE quad quad_table(const int8_t levels[16]) {
-    __m128i t = _mm_xor_si128(_mm_loadu_si128((const __m128i*)levels), _mm_set1_epi8((char)0x80));
+    __m128i t = _mm_xor_si128(_mm_loadu_si128((const __m128i *)levels), _mm_set1_epi8((char)0x80));
     return _mm512_broadcast_i32x4(t);
 }
 HB_INLINE quad quad_low(quad raw, quad table) {
@@ -35,7 +35,7 @@ HB_INLINE quad quad_low(quad raw, quad table) {
 HB_INLINE quad quad_high(quad raw, quad table) {
     return _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(raw, 4), _mm512_set1_epi8(15)));
 }
-HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t* x) {
+HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
     int32_t x4;
     memcpy(&x4, x, 4);
     return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x4));
@@ -55,12 +55,12 @@ typedef struct {
 #define QUAD_WIDE 4
 #define QUAD_DIRECT 2
 
-HB_INLINE quad quad_load(const uint8_t* p) {
-    return (quad){_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+HB_INLINE quad quad_load(const uint8_t *p) {
+    return (quad){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
 }
-HB_INLINE void quad_store(uint8_t* p, quad a) {
-    _mm256_storeu_si256((__m256i*)p, a.l);
-    _mm256_storeu_si256((__m256i*)(p + 32), a.h);
+HB_INLINE void quad_store(uint8_t *p, quad a) {
+    _mm256_storeu_si256((__m256i *)p, a.l);
+    _mm256_storeu_si256((__m256i *)(p + 32), a.h);
 }
 HB_INLINE quad quad_set1(int byte) {
     return (quad){_mm256_set1_epi8((char)byte), _mm256_set1_epi8((char)byte)};
@@ -74,7 +74,7 @@ HB_INLINE quad quad_add_rows(quad a, vi16 rows) {
                   _mm256_add_epi8(a.h, _mm256_mullo_epi32(rows.h, spread))};
 }
 HB_INLINE quad quad_table(const int8_t levels[16]) {
-    __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)levels));
+    __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)levels));
     return (quad){t, t};
 }
 HB_INLINE quad quad_low(quad raw, quad table) {
@@ -89,7 +89,7 @@ HB_INLINE __m256i hb_dot_8(__m256i sum, __m256i w, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t* x) {
+HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
     int32_t x4;
     memcpy(&x4, x, 4);
     __m256i v = _mm256_set1_epi32(x4);
@@ -108,12 +108,12 @@ typedef struct {
 #define QUAD_WIDE 2
 #define QUAD_DIRECT 1
 
-HB_INLINE quad quad_load(const uint8_t* p) {
+HB_INLINE quad quad_load(const uint8_t *p) {
     quad a;
     memcpy(a.v, p, 64);
     return a;
 }
-HB_INLINE void quad_store(uint8_t* p, quad a) { memcpy(p, a.v, 64); }
+HB_INLINE void quad_store(uint8_t *p, quad a) { memcpy(p, a.v, 64); }
 HB_INLINE quad quad_set1(int byte) {
     quad a;
     memset(a.v, byte, 64);
@@ -140,7 +140,7 @@ HB_INLINE quad quad_high(quad raw, quad table) {
     for (int i = 0; i < 64; i++) raw.v[i] = table.v[raw.v[i] >> 4 & 15];
     return raw;
 }
-HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t* x) {
+HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
     for (int r = 0; r < 16; r++)
         sum.v[r] += w.v[4 * r] * x[0] + w.v[4 * r + 1] * x[1] + w.v[4 * r + 2] * x[2] + w.v[4 * r + 3] * x[3];
     return sum;
