@@ -52,9 +52,9 @@ def rope(config: Config, head_dim: int, layer_type: str | None = None) -> Rope:
     Raises CheckpointError for a scheme that is not supported or a parameter that makes no sense.
     """
     p = Config(parameters(config, layer_type))
-    rotary = int(head_dim * float(p.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))))
+    rotary = int(head_dim * p.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)))
     theta = p.number("rope_theta")
-    if rotary < 2 or rotary % 2 or theta <= 0:
+    if not 2 <= rotary <= head_dim or rotary % 2 or theta <= 0:
         raise CheckpointError(f"config.json: {rotary} rotary columns with base {theta} make no sense")
     exponent = np.arange(0, rotary, 2, dtype=np.float64) / rotary
     base = theta**-exponent

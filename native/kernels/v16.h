@@ -62,6 +62,20 @@ HB_INLINE float v16_sum(v16 a) {
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 
+/* Sums of sixteen vectors, each by the order of v16_sum: lane 4 * l + e is the sum of s[4 * e + l]. */
+HB_INLINE v16 v16_sum16(const v16 s[16]) {
+    v16 a[8], b[4];
+    HB_UNROLL for (int i = 0; i < 8; i++) a[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(s[2 * i], s[2 * i + 1], 0x44),
+                      _mm512_shuffle_f32x4(s[2 * i], s[2 * i + 1], 0xee));
+    HB_UNROLL for (int i = 0; i < 4; i++) b[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
+                      _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
+    v16 c = _mm512_add_ps(_mm512_shuffle_ps(b[0], b[1], 0x44), _mm512_shuffle_ps(b[0], b[1], 0xee));
+    v16 d = _mm512_add_ps(_mm512_shuffle_ps(b[2], b[3], 0x44), _mm512_shuffle_ps(b[2], b[3], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x88), _mm512_shuffle_ps(c, d, 0xdd));
+}
+
 HB_INLINE vi16 vi16_zero(void) { return _mm512_setzero_si512(); }
 HB_INLINE vi16 vi16_set1(int32_t x) { return _mm512_set1_epi32(x); }
 HB_INLINE vi16 vi16_load(const int32_t *p) { return _mm512_loadu_si512(p); }
@@ -266,6 +280,15 @@ HB_INLINE vi16 vi16_shr(vi16 a, int n) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[
 HB_INLINE v16 v16_from_int(vi16 a) { HB_LANES(v16, (float)a.v[i]); }
 HB_INLINE v16 v16_as_float(vi16 a) { HB_LANES(v16, hb_from_bits((uint32_t)a.v[i])); }
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { HB_LANES(v16, test.v[i] ? a.v[i] : 0.0f); }
+#endif
+
+#if !defined(__AVX512F__)
+HB_INLINE v16 v16_sum16(const v16 s[16]) {
+    float r[16];
+    for (int l = 0; l < 4; l++)
+        for (int e = 0; e < 4; e++) r[4 * l + e] = v16_sum(s[4 * e + l]);
+    return v16_load(r);
+}
 #endif
 
 #define HB_NAME(op) HB_CAT(op, HB_ISA)

@@ -63,7 +63,11 @@ def test_merging_is_only_a_matter_of_storage(tmp_path: Path) -> None:
 
     def differing(self: Builder, name: str):  # type: ignore[no-untyped-def]
         storage = original(self, name)
-        return type(storage)("f32" if "v_proj" in name or "up_proj" in name else "f16") if "_proj" in name else storage
+        return (
+            type(storage)("f32" if "v_proj" in name or "up_proj" in name else "f16")
+            if "_proj" in name
+            else storage
+        )
 
     (tmp_path / "split").mkdir()
     with pytest.MonkeyPatch.context() as patch:

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-
-from halfbyte.tests.converter import tiny
+import tiny
 
 CASES = tiny.case_names()
 

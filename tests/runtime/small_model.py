@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny
 
 from halfbyte.runtime.cli import main
-from halfbyte.tests.converter import tiny
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|turn|>", "<|end|>"]
 TEXT = (

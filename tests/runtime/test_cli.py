@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_model import REFERENCE, TEXT, fails, quiet, write_checkpoint
 
 import halfbyte
 from halfbyte.formats.container import File
 from halfbyte.runtime import cli
 from halfbyte.runtime.cli.run import prompt_ids
 from halfbyte.runtime.lockstep import Outcome, lockstep
-from halfbyte.tests.runtime.small_model import REFERENCE, TEXT, fails, quiet, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_model import REFERENCE, TEXT, fails, write_checkpoint
 
 import halfbyte
-from halfbyte.tests.runtime.small_model import REFERENCE, TEXT, fails, write_checkpoint
 
 NORM = "model.norm.weight"
 

@@ -14,10 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-import halfbyte
-from halfbyte.runtime import cli
-from halfbyte.tests.runtime.small_model import (
+from small_model import (
     REFERENCE,
     TEXT,
     checked_error,
@@ -26,6 +23,9 @@ from halfbyte.tests.runtime.small_model import (
     tokenizer_json,
     write_checkpoint,
 )
+
+import halfbyte
+from halfbyte.runtime import cli
 
 EXACT = ("--recipe", "f32")
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"

@@ -1,2 +1,1 @@
-#include "kernels/linear/linear_codes.inc"
 #include "kernels/linear/linear_float.inc"

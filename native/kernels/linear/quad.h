@@ -10,6 +10,7 @@
 #if defined(__AVX512VNNI__)
 /* vpdpbusd multiplies unsigned by signed bytes: weights are held as level + 128. */
 typedef __m512i quad;
+#define QUAD_BYTES_ARE_SIGNED 0
 #define QUAD_FLIP_SIGNED 0x80
 #define QUAD_OFFSET_SIGNED (-128)
 #define QUAD_FLIP_UNSIGNED 0
@@ -47,6 +48,7 @@ HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
 typedef struct {
     __m256i l, h;
 } quad;
+#define QUAD_BYTES_ARE_SIGNED 1
 #define QUAD_FLIP_SIGNED 0
 #define QUAD_OFFSET_SIGNED 0
 #define QUAD_FLIP_UNSIGNED 0x80
@@ -100,6 +102,7 @@ HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
 typedef struct {
     int8_t v[64];
 } quad;
+#define QUAD_BYTES_ARE_SIGNED 1
 #define QUAD_FLIP_SIGNED 0
 #define QUAD_OFFSET_SIGNED 0
 #define QUAD_FLIP_UNSIGNED 0x80
