@@ -134,6 +134,8 @@ class File:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+                raise _bad(f"{path}: not a regular file")
             with open(path, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 if size < HEADER_DTYPE.itemsize:
