@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import stat
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
