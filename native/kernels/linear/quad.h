@@ -108,7 +108,7 @@ typedef struct {
 #define QUAD_FLIP_UNSIGNED 0x80
 #define QUAD_OFFSET_UNSIGNED 128
 #define QUAD_OFFSET_TABLE 0
-#define QUAD_WIDE 2
+#define QUAD_WIDE 1
 #define QUAD_DIRECT 1
 
 HB_INLINE quad quad_load(const uint8_t *p) {
