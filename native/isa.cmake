@@ -6,7 +6,7 @@ function(halfbyte_isa_flags)
     elseif(source MATCHES "_x86_avx512vnni\\.c$")
       set(flags -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni)
     elseif(source MATCHES "_scalar\\.c$")
-      set(flags -O2 -ftree-vectorize) # -O3 unrolls lane loops to five times the size
+      set(flags -O2) # -O3 unrolls lane loops to five times the size
     else()
       continue()
     endif()

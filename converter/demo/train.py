@@ -194,6 +194,8 @@ def export(student: Student, tokenizer: Any, out: Path) -> None:
         out / "model.safetensors",
         metadata={"format": "pt"},
     )
+    # the library makes a file that only its owner reads; an installed copy is for everyone
+    (out / "model.safetensors").chmod(0o644)
 
 
 README = """\
@@ -204,8 +206,8 @@ hand. {parameters:,} parameters: a Llama of {layers} layers, width {dim}, ffn {f
 {kv_heads} kv heads of {head_dim}, tied head, byte-level BPE of {vocab} tokens, context {context}, bfloat16.
 Every width is a multiple of 32.
 
-**What it is not.** It writes grammatical English in the manner of a story for small children and knows
-nothing else. It loses its plot, mixes up who is who, and holds no facts. It follows no instructions. It is
+**What it is not.** It writes mostly grammatical English in the manner of a story for small children and
+knows nothing else. It loses its plot, mixes up who is who, and holds no facts. It follows no instructions. It is
 for showing and testing the runtime, and for nothing else.
 
 ## How it was made
@@ -220,7 +222,10 @@ clock: another run gives a model like this one, not the same weights.
 
 The model samples were drawn at temperature 0.75 (tokens less likely than 3 % of the likeliest removed), about
 half of them continuing the first sentence of a real story, and cleaned (`stories.py`: whole stories only, no
-loops, no made-up words). The real stories went in {repeat} times.
+loops, no words that fewer than five stories use). The real stories went in {repeat} times.
+
+    python -m halfbyte.converter.demo.sample --data DATA --teacher stories260k --minutes 15 --seed 0 --out FILE
+    python -m halfbyte.converter.demo.train --data DATA --out DIR --samples FILE... --minutes {minutes:.0f} --compile
 
 ## Measured
 

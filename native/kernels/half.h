@@ -8,6 +8,9 @@
 #include <string.h>
 
 #define HB_INLINE static inline __attribute__((always_inline, unused))
+#define HB_OUTLINE \
+    static __attribute__((noinline, unused)) /* tails: rare, and large where there are no masks */
+
 /* Loops over register arrays, which must be unrolled to live in registers; scalar code has none to fill. */
 #if !defined(__AVX2__)
 #define HB_UNROLL

@@ -115,12 +115,12 @@ HB_INLINE void v16_store(float *p, v16 a) {
     _mm256_storeu_ps(p, a.l);
     _mm256_storeu_ps(p + 8, a.h);
 }
-HB_INLINE v16 v16_load_n(const float *p, uint32_t n) {
+HB_OUTLINE v16 v16_load_n(const float *p, uint32_t n) {
     float t[16] = {0};
     for (uint32_t i = 0; i < 16 && i < n; i++) t[i] = p[i];
     return v16_load(t);
 }
-HB_INLINE void v16_store_n(float *p, v16 a, uint32_t n) {
+HB_OUTLINE void v16_store_n(float *p, v16 a, uint32_t n) {
     float t[16];
     v16_store(t, a);
     for (uint32_t i = 0; i < 16 && i < n; i++) p[i] = t[i];
@@ -233,9 +233,9 @@ typedef struct {
 HB_INLINE v16 v16_set1(float x) { HB_LANES(v16, x); }
 HB_INLINE v16 v16_zero(void) { return v16_set1(0.0f); }
 HB_INLINE v16 v16_load(const float *p) { HB_LANES(v16, p[i]); }
-HB_INLINE v16 v16_load_n(const float *p, uint32_t n) { HB_LANES(v16, (uint32_t)i < n ? p[i] : 0.0f); }
+HB_OUTLINE v16 v16_load_n(const float *p, uint32_t n) { HB_LANES(v16, (uint32_t)i < n ? p[i] : 0.0f); }
 HB_INLINE void v16_store(float *p, v16 a) { memcpy(p, a.v, sizeof a.v); }
-HB_INLINE void v16_store_n(float *p, v16 a, uint32_t n) {
+HB_OUTLINE void v16_store_n(float *p, v16 a, uint32_t n) {
     for (uint32_t i = 0; i < 16 && i < n; i++) p[i] = a.v[i];
 }
 HB_INLINE v16 v16_add(v16 a, v16 b) { HB_LANES(v16, a.v[i] + b.v[i]); }
@@ -283,7 +283,7 @@ HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { HB_LANES(v16, test.v[i] ? a.v
 #endif
 
 #if !defined(__AVX512F__)
-HB_INLINE v16 v16_sum16(const v16 s[16]) {
+HB_OUTLINE v16 v16_sum16(const v16 s[16]) {
     float r[16];
     for (int l = 0; l < 4; l++)
         for (int e = 0; e < 4; e++) r[4 * l + e] = v16_sum(s[4 * e + l]);

@@ -29,17 +29,23 @@ PACKAGES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `doctor`."""
+    parser.add_argument(
+        "--measure", action="store_true", help="measure read bandwidth and int8 peak first (about a second)"
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Probe and print."""
     import halfbyte
+    from halfbyte.devices.bandwidth import cached, speed
     from halfbyte.devices.probe import probe
 
+    machine = probe()
+    measured = speed(fresh=True) if args.measure else cached(machine)
     found = {
         "halfbyte": halfbyte.__version__,
-        "machine": probe(),
+        "machine": {**machine, "measured": None if measured is None else vars(measured)},
         "packages": {name: installed(name) for name in PACKAGES},
         "native_library": native_library(),
         "backends": backends(),
@@ -143,6 +149,24 @@ def _write_tiny(path: Path) -> None:
         writer.write(2, "row", 0, tiles.pack_groups(np.full((n, 1), 180, np.uint8)))
 
 
+def _core_class(row: dict[str, Any]) -> str:
+    facts = [f"{row['max_mhz']} MHz"] if row["max_mhz"] else []
+    facts += [f"capacity {row['capacity']}"] if row["capacity"] is not None else []
+    return f"{len(row['cpus'])} x {row['name'] or 'core'}" + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _speed(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "not measured: halfbyte doctor --measure"
+    values = {k: (measured[f"{k}_1"], measured[k]) for k in ("read_gb_per_s", "int8_gmac_per_s")}
+    one, all_ = values["read_gb_per_s"]
+    one8, all8 = values["int8_gmac_per_s"]
+    return (
+        f"reads {one:.1f} GB/s with one thread, {all_:.1f} with {measured['threads']};"
+        f" int8 peak {one8:.0f} and {all8:.0f} GMAC/s ({measured['instruction']})"
+    )
+
+
 def _print(found: dict[str, Any]) -> None:
     machine = found["machine"]
     limits = [f"{machine['cpu_quota']:g} cpus by quota"] if machine["cpu_quota"] else []
@@ -155,8 +179,10 @@ def _print(found: dict[str, Any]) -> None:
             "processor",
             f"{machine['cpu']} ({machine['architecture']}), {machine['cpus']} cpus, {machine['cores']} cores",
         ),
+        ("core classes", "; ".join(map(_core_class, machine["core_classes"])) or "unknown"),
         ("isa", " ".join(machine["isa"]) or "unknown"),
         ("caches", caches or "unknown"),
+        ("speed", _speed(machine["measured"])),
         ("memory", f"{size(machine['memory'])}, {size(machine['memory_available'])} available"),
         ("limits", ", ".join(limits) or "none"),
         ("system", f"{machine['system']}, Python {machine['python']}"),

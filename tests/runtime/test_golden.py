@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import halfbyte
+from halfbyte.formats.container import File
 from halfbyte.runtime.evaluate import log_softmax
+from halfbyte.runtime.lockstep import lockstep
 
 # (golden entry, source, recipe)
 SOURCES = [
@@ -74,3 +76,27 @@ def test_q8_keeps_nll_and_q4_keeps_its_size(source: str, shared_data: Path, tmp_
     assert abs(total["q8"] / total["f32"] - 1) < 0.002
     # 6.2 % and 2.2 % when this was written: no target, only a guard against getting worse
     assert total["q4"] / total["f32"] - 1 < (0.07 if "260K" in source else 0.03)
+
+
+@pytest.mark.parametrize("recipe", ["f32", "q8", "q4"])
+@pytest.mark.parametrize("source", ["stories260K/stories260K.gguf", "tinystories-656k"])
+def test_real_logits_do_not_depend_on_threads_or_chunks(
+    source: str, recipe: str, backend: str, shared_data: Path, tmp_path: Path
+) -> None:
+    path = halfbyte.convert(shared_data / source, tmp_path / "m.hb", recipe=recipe)
+    model = halfbyte.load(path, backend=backend, threads=1)
+    ids = model.tokenizer.encode(stories(shared_data)[0])[:90]
+    want = model.session().feed_all(ids).tobytes()
+    for threads in (1, 2, 3, 4):
+        m = halfbyte.load(path, backend=backend, threads=threads)
+        for chunk in (1, 7, 32, len(ids)) if threads in (1, 4) else (7,):
+            assert m.session().feed_all(ids, chunk=chunk).tobytes() == want, (threads, chunk)
+
+
+@pytest.mark.parametrize("policy", ["f32", "i8g32"])
+@pytest.mark.parametrize("recipe", ["f32", "q8", "q4"])
+def test_lockstep_on_real_weights(recipe: str, policy: str, backend: str, shared_data: Path, tmp_path: Path) -> None:
+    path = halfbyte.convert(shared_data / "tinystories-656k", tmp_path / "m.hb", recipe=recipe)
+    outcomes = lockstep(File(path), backend, policy)
+    assert {"embed", "rmsnorm", "linear", "rope", "kv_put", "attend", "glu", "add", "pick"} == {o.op for o in outcomes}
+    assert all(o.ok for o in outcomes), [o for o in outcomes if not o.ok]
