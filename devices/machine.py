@@ -63,7 +63,8 @@ def this_machine(fresh: bool = False, found: Speed | None = None) -> Machine:
         int8_peak=found.int8_gmac_per_s * 1e9,
         f32_peak=found.f32_gmac_per_s * 1e9,
         measured=True,
-        source=f"measured with {found.threads} threads ({found.instruction})",
+        source=f"measured with {found.threads} threads ({found.instruction})"
+        + (", too low: other programs were running" if found.busy else ""),
     )
 
 
@@ -138,7 +139,11 @@ def _machine(found: dict[str, Any]) -> Machine:
         if kind is str:
             if not isinstance(value, str) or not value or not value.isprintable():
                 raise ValueError(f"{key} ({meaning}) must be a line of text")
-        elif isinstance(value, bool) or not isinstance(value, (int, kind)):
+        elif (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not isinstance(value, (int, kind))
+        ):
             raise ValueError(f"{key} ({meaning}) must be a {'whole ' if kind is int else ''}number")
         elif not (0 < value < 1e9 and math.isfinite(value)):
             raise ValueError(f"{key} ({meaning}) must be a positive number, not {value}")

@@ -76,13 +76,10 @@ def cpu_name(root: Path = ROOT) -> str:
 
 def isa(root: Path = ROOT) -> list[str]:
     """Instruction sets that every core has, among those that kernels use."""
-    sets = [set((b.get("flags") or b["Features"]).split()) for b in _cpuinfo(root) if _has_flags(b)]
+    lists = [b.get("flags") or b.get("Features") for b in _cpuinfo(root)]
+    sets = [set(text.split()) for text in lists if text]
     everywhere = set.intersection(*sets) if sets else set()
     return [f for f in (*_X86, *_ARM) if f in everywhere]
-
-
-def _has_flags(block: dict[str, str]) -> bool:
-    return bool(block.get("flags") or block.get("Features"))
 
 
 def _cpu_list(text: str) -> tuple[int, ...]:
@@ -178,9 +175,11 @@ def _part_name(block: dict[str, str]) -> str:
 
 def memory(root: Path = ROOT) -> tuple[int, int]:
     """(total, available) bytes of this machine; (0, 0) when unknown."""
-    found = dict(re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB", read_text(root / "proc/meminfo"), re.M))
-    if "MemTotal" in found:
-        return int(found["MemTotal"]) << 10, int(found.get("MemAvailable", found["MemTotal"])) << 10
+    found: dict[str, str] = dict(
+        re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB", read_text(root / "proc/meminfo"), re.M)
+    )
+    if total := found.get("MemTotal"):
+        return int(total) << 10, int(found.get("MemAvailable", total)) << 10
     if root != ROOT:
         return 0, 0
     import psutil
@@ -209,17 +208,17 @@ def mac_facts(sysctl: Callable[[str], str] = _sysctl) -> dict[str, Any]:
         facts["cpu"] = name
     if cores := numbers(["hw.physicalcpu"]):
         facts["cores"] = cores[0]
-    sizes = {}
+    sizes: dict[str, int] = {}
     for level in ("l1d", "l2", "l3"):
         keys = (f"hw.perflevel0.{level}cachesize", f"hw.perflevel1.{level}cachesize", f"hw.{level}cachesize")
-        if found := numbers(keys):
+        if found := numbers(keys):  # of all kinds of cores the largest, as in `caches`
             sizes[level[:2].upper()] = max(found)
     if sizes:
         facts["caches"] = sizes
         facts["last_level_cache"] = sizes[max(sizes)]
     classes, at = [], 0
-    for level, kind in enumerate(("P-core", "E-core")):
-        for count in numbers([f"hw.perflevel{level}.logicalcpu"]):
+    for rank, kind in enumerate(("P-core", "E-core")):
+        for count in numbers([f"hw.perflevel{rank}.logicalcpu"]):
             cpus = list(range(at, at + count))
             classes.append({"cpus": cpus, "capacity": None, "max_mhz": None, "name": kind})
             at += count

@@ -26,13 +26,16 @@ ISA_BEST = -1
 
 
 def library_path() -> Path | None:
-    """Where the compiled library is, or None: $HALFBYTE_LIBRARY, the installed one, `make native`'s."""
+    """Where the compiled library is, or None: $HALFBYTE_LIBRARY, the installed one, or the newest built here.
+
+    An editable install and `make native` each build into a folder of their own under build/.
+    """
     if named := os.environ.get("HALFBYTE_LIBRARY"):
         return Path(named)
-    for folder in (_ROOT / "native", _ROOT / "build" / "native"):
-        if (folder / _LIBRARY).is_file():
-            return folder / _LIBRARY
-    return None
+    if (_ROOT / "native" / _LIBRARY).is_file():
+        return _ROOT / "native" / _LIBRARY
+    built = _ROOT.glob(f"build/*/{_LIBRARY}")
+    return max(built, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def declarations() -> str:

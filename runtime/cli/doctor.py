@@ -164,6 +164,7 @@ def _speed(measured: dict[str, Any] | None) -> str:
     return (
         f"reads {one:.1f} GB/s with one thread, {all_:.1f} with {measured['threads']};"
         f" int8 peak {one8:.0f} and {all8:.0f} GMAC/s ({measured['instruction']})"
+        + ("; too low: other programs were running" if measured["processor_share"] < 0.9 else "")
     )
 
 

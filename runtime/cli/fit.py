@@ -94,7 +94,7 @@ def _list(as_json: bool) -> None:
 
 def _print(found: dict[str, Any]) -> None:
     machine, memory = found["machine"], found["memory"]
-    how = "measured" if machine["measured"] else "by profile"
+    how = machine["source"] if machine["measured"] else "by profile"
     parts = ", ".join(f"{k} {size(memory[k])}" for k in ("weights", "kv", "activations", "overhead"))
     verdict = "fits" if found["fits"] else "does NOT fit"
     prefill = found["prefill_tokens_per_s"]

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from halfbyte.devices import cgroup
-from halfbyte.devices.probe import caches, core_classes, cpu_name, isa, mac_facts, memory, probe, sibling_groups
+from halfbyte.devices.probe import (
+    caches,
+    core_classes,
+    cpu_name,
+    isa,
+    mac_facts,
+    memory,
+    probe,
+    sibling_groups,
+)
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -62,7 +71,9 @@ def test_a_board_with_two_kinds_of_cores(tmp_path: Path) -> None:
 
 
 def test_siblings_and_favoured_cores(tmp_path: Path) -> None:
-    info = "processor : 0\nmodel name : Some CPU @ 3 GHz\nflags : fpu avx2 fma\n\nprocessor : 1\nflags : avx2\n"
+    info = (
+        "processor : 0\nmodel name : Some CPU @ 3 GHz\nflags : fpu avx2 fma\n\nprocessor : 1\nflags : avx2\n"
+    )
     files = cpus(
         4,
         topology__thread_siblings_list=["0,2", "1,3", "0,2", "1,3"],
@@ -117,7 +128,9 @@ def test_an_empty_tree_is_no_error(tmp_path: Path) -> None:
 
 
 def test_garbage_is_no_error(tmp_path: Path) -> None:
-    root = tree(tmp_path, {"proc/cpuinfo": "processor : x\nCPU part : zz\nflags\n", "proc/meminfo": "MemTotal: ?"})
+    root = tree(
+        tmp_path, {"proc/cpuinfo": "processor : x\nCPU part : zz\nflags\n", "proc/meminfo": "MemTotal: ?"}
+    )
     tree(root, cpus(1, cpu_capacity=["fast"], cpufreq__cpuinfo_max_freq=["-"], cache__index0__size=["?K"]))
     tree(root, {"proc/self/cgroup": "nonsense\n", "sys/fs/cgroup/cgroup.controllers": ""})
     tree(root, {"sys/fs/cgroup/memory.max": "many\n", "sys/fs/cgroup/cpu.max": "1 0\n"})
