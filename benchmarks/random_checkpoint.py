@@ -39,7 +39,9 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
             p + "mlp.down_proj.weight": (hidden, ffn),
         }
         if config["model_type"] == "qwen2":
-            out |= {p + f"self_attn.{n}_proj.bias": (r * dim,) for n, r in (("q", heads), ("k", kv), ("v", kv))}
+            out |= {
+                p + f"self_attn.{n}_proj.bias": (r * dim,) for n, r in (("q", heads), ("k", kv), ("v", kv))
+            }
         if config["model_type"] == "qwen3":
             out |= {p + f"self_attn.{n}_norm.weight": (dim,) for n in "qk"}
     out["model.norm.weight"] = (hidden,)
@@ -50,7 +52,9 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 def main() -> None:
     """See the top of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)

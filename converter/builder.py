@@ -123,7 +123,9 @@ class Builder:
                 first = self.checkpoint.read_rows(name, 0, 1)
                 assert isinstance(first, Packed)
                 if not group_is_valid(first.group) and self.recipe.name == "keep":
-                    raise CheckpointError(f"tensor {name} has groups of {first.group} columns; choose --recipe q8")
+                    raise CheckpointError(
+                        f"tensor {name} has groups of {first.group} columns; choose --recipe q8"
+                    )
                 group, scale_type = first.group, "f16" if first.scales.dtype == np.float16 else "f32"
             self._storages[name] = self.recipe.storage(dtype, group, scale_type)
         return self._storages[name]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import stat
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

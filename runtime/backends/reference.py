@@ -63,7 +63,11 @@ def linear_i8g32(x: np.ndarray, codes: dict[str, np.ndarray], tensor: Tensor) ->
     rows, K = tensor.shape
     group = tensor.group if tensor.group else K
     block = min(QUANT_GROUP, group)
-    level = codes["codes"].astype(np.int32) if e.levels is None else np.asarray(e.levels, np.int32)[codes["codes"]]
+    level = (
+        codes["codes"].astype(np.int32)
+        if e.levels is None
+        else np.asarray(e.levels, np.int32)[codes["codes"]]
+    )
     scales, mins = codes["scales"], codes.get("mins")
     if e.row_scale:
         k = (scales & 254).astype(np.int32) - 127

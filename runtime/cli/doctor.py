@@ -42,7 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.devices.probe import probe
 
     machine = probe()
-    measured = speed(fresh=True) if args.measure else cached(machine)
+    if args.measure:
+        with Progress("measuring this machine"):
+            measured = speed(fresh=True)
+    else:
+        measured = cached(machine)
     found = {
         "halfbyte": halfbyte.__version__,
         "machine": {**machine, "measured": None if measured is None else vars(measured)},

@@ -11,7 +11,7 @@ from typing import Any
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.cli.arguments import add_json, add_kv, number, whole
-from halfbyte.runtime.cli.terminal import print_json, print_table, printable, size
+from halfbyte.runtime.cli.terminal import Progress, print_json, print_table, printable, size
 
 HELP = "say what a machine will do with a .hb file"
 
@@ -75,7 +75,8 @@ def _machine(args: argparse.Namespace) -> Any:
         if args.fresh:
             raise UsageError("--fresh measures this machine: leave --machine out")
         return load_profile(args.machine)
-    return this_machine(args.fresh)
+    with Progress("measuring this machine"):
+        return this_machine(args.fresh)
 
 
 def _list(as_json: bool) -> None:

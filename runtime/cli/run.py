@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.cli.arguments import add_backend, add_kv, add_policy, number, whole
@@ -137,7 +137,7 @@ def prompt_ids(model: Model, prompt: str, raw: bool) -> list[int]:
     from halfbyte.runtime import chat
 
     bos, eos = tokenizer.bos_id, tokenizer.eos_ids[:1]
-    tokens = {
+    tokens: dict[str, Any] = {
         "bos_token": "" if bos is None else tokenizer.piece(bos),
         "eos_token": tokenizer.piece(eos[0]) if eos else "",
     }

@@ -95,8 +95,12 @@ def test_real_logits_do_not_depend_on_threads_or_chunks(
 
 @pytest.mark.parametrize("policy", ["f32", "i8g32"])
 @pytest.mark.parametrize("recipe", ["f32", "q8", "q4"])
-def test_lockstep_on_real_weights(recipe: str, policy: str, backend: str, shared_data: Path, tmp_path: Path) -> None:
+def test_lockstep_on_real_weights(
+    recipe: str, policy: str, backend: str, shared_data: Path, tmp_path: Path
+) -> None:
     path = halfbyte.convert(shared_data / "tinystories-656k", tmp_path / "m.hb", recipe=recipe)
     outcomes = lockstep(File(path), backend, policy)
-    assert {"embed", "rmsnorm", "linear", "rope", "kv_put", "attend", "glu", "add", "pick"} == {o.op for o in outcomes}
+    assert {"embed", "rmsnorm", "linear", "rope", "kv_put", "attend", "glu", "add", "pick"} == {
+        o.op for o in outcomes
+    }
     assert all(o.ok for o in outcomes), [o for o in outcomes if not o.ok]
