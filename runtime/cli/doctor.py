@@ -42,11 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.devices.probe import probe
 
     machine = probe()
-    if args.measure:
-        with Progress("measuring this machine"):
-            measured = speed(fresh=True)
-    else:
-        measured = cached(machine)
+    measured = speed(fresh=True) if args.measure else cached(machine)
     found = {
         "halfbyte": halfbyte.__version__,
         "machine": {**machine, "measured": None if measured is None else vars(measured)},

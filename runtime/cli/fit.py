@@ -7,11 +7,12 @@ model of --parameters at --bits is planned.
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.cli.arguments import add_json, add_kv, number, whole
-from halfbyte.runtime.cli.terminal import Progress, print_json, print_table, printable, size
+from halfbyte.runtime.cli.terminal import print_json, print_table, printable, size
 
 HELP = "say what a machine will do with a .hb file"
 
@@ -69,14 +70,16 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _machine(args: argparse.Namespace) -> Any:
+    from halfbyte.devices.bandwidth import cached
     from halfbyte.devices.machine import load_profile, this_machine
 
     if args.machine is not None:
         if args.fresh:
             raise UsageError("--fresh measures this machine: leave --machine out")
         return load_profile(args.machine)
-    with Progress("measuring this machine"):
-        return this_machine(args.fresh)
+    if sys.stderr.isatty() and (args.fresh or cached() is None):  # a moving bar would disturb the measurement
+        print("measuring this machine: a few seconds, once", file=sys.stderr, flush=True)
+    return this_machine(args.fresh)
 
 
 def _list(as_json: bool) -> None:
