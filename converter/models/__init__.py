@@ -17,10 +17,14 @@ def supported() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def build(b: Builder) -> Slot:
-    """Emit the program of the checkpoint's model type. Raises CheckpointError naming what is supported."""
-    model_type = b.config.get("model_type")
+def module_name(model_type: object) -> str:
+    """The module of a model type. Raises CheckpointError naming what is supported."""
     name = ALIASES.get(str(model_type), str(model_type))
     if name not in supported():
         raise CheckpointError(f"model type {model_type!r} is not supported ({', '.join(supported())})")
-    return importlib.import_module(f"{__name__}.{name}").build(b)
+    return name
+
+
+def build(b: Builder) -> Slot:
+    """Emit the program of the checkpoint's model type. Raises CheckpointError."""
+    return importlib.import_module(f"{__name__}.{module_name(b.config.get('model_type'))}").build(b)

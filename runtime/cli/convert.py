@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
                 "file_bytes": facts["file_bytes"],
                 "bits_per_weight": facts["bits_per_weight"],
                 "seconds": seconds,
+                "tokenizer": "TOKN" in file.sections,
                 "digest": facts["digest"],
             }
         )
@@ -65,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
             f"{printable(out)}: {size(facts['file_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight,"
             f" {seconds:.1f} s"
         )
+    if "TOKN" not in file.sections:
+        print("no tokenizer was found: the model takes token ids only (see --tokenizer)", file=sys.stderr)
     return 0
 
 
