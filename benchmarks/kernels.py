@@ -120,9 +120,8 @@ class Bench:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One dict a kernel and thread count."""
-    names = {
-        native.load_library()[0].string(native.load_library()[1].hb_isa_name(i)).decode(): i for i in range(3)
-    }
+    ffi, lib = native.load_library()
+    names = {ffi.string(lib.hb_isa_name(i)).decode(): i for i in range(lib.HB_ISA_COUNT)}
     out = []
     for k in native.kernels():
         if k["op"] != "linear" or not k["supported"] or (args.isa and k["isa"] != args.isa):
