@@ -7,10 +7,10 @@ CC_FOUND := $(shell command -v cc 2>/dev/null || command -v gcc 2>/dev/null || c
 TYPING := build/typing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev native demo test lint format types bench generate clean
+.PHONY: help setup dev native native-arm demo test test-arm lint format types bench generate clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,11 +37,19 @@ else
 		&& rm -f build-native.log || { cat build-native.log; rm -f build-native.log; exit 1; }
 endif
 
+native-arm: $(VENV)/.dev ## the same for AArch64 into build/native-arm (needs gcc-aarch64-linux-gnu)
+	$(BIN)/cmake -S native -B build/native-arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/aarch64-linux-gnu.cmake
+	$(BIN)/cmake --build build/native-arm
+
 demo: setup ## convert the embedded story model, verify it, tell a story
 	@$(BIN)/halfbyte demo
 
 test: dev native ## all tests, on every backend this machine can run
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-arm: dev native native-arm ## the kernels of AArch64 under qemu, and the same vectors on this machine
+	$(BIN)/python -m pytest -ra tests/native/test_native_arm.py
 
 lint: dev ## ruff, clang-format, mypy
 	$(BIN)/ruff check .

@@ -21,7 +21,9 @@ RECIPES = ("f32", "f16", "q8", "q4")
 
 def main() -> None:
     """See the top of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("text", type=Path)
     parser.add_argument("--ctx", type=int, default=512)
@@ -38,7 +40,9 @@ def main() -> None:
             path = halfbyte.convert(
                 args.checkpoint, Path(folder) / f"{recipe}.hb", recipe=recipe, tokenizer=args.tokenizer
             )
-            for policy in ("f32",) if recipe == "f32" else ("f32", "i8g32") if recipe[0] == "q" else ("i8g32",):
+            for policy in (
+                ("f32",) if recipe == "f32" else ("f32", "i8g32") if recipe[0] == "q" else ("i8g32",)
+            ):
                 model = halfbyte.load(path, policy=policy)
                 reference = reference or model
                 r = evaluate(model, text, ctx=args.ctx, against=reference)

@@ -5,6 +5,12 @@ function(halfbyte_isa_flags)
       set(flags -mavx2 -mfma -mf16c)
     elseif(source MATCHES "_x86_avx512vnni\\.c$")
       set(flags -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni)
+    elseif(source MATCHES "_arm_neon\\.c$")
+      set(flags -DHB_NEON) # of the baseline
+    elseif(source MATCHES "_arm_dotprod\\.c$")
+      set(flags -march=armv8.2-a+dotprod -DHB_NEON -DHB_DOTPROD)
+    elseif(source MATCHES "_arm_i8mm\\.c$")
+      set(flags -march=armv8.2-a+dotprod+i8mm -DHB_NEON -DHB_DOTPROD -DHB_I8MM)
     elseif(source MATCHES "_scalar\\.c$")
       set(flags -O2) # -O3 unrolls lane loops to five times the size
     else()

@@ -26,8 +26,18 @@ enum { HB_ABI_VERSION = 1 };
 /* Arithmetic: f32 computes with dequantised weights, i8g32 with int8 activations per 32 columns. */
 enum { HB_POLICY_F32 = 0, HB_POLICY_I8G32 = 1 };
 
-/* Instruction sets, in ascending order; HB_ISA_BEST picks the best that this machine has. */
-enum { HB_ISA_BEST = -1, HB_ISA_SCALAR = 0, HB_ISA_AVX2 = 1, HB_ISA_AVX512VNNI = 2, HB_ISA_COUNT = 3 };
+/* Instruction sets, those of one architecture in ascending order; HB_ISA_BEST picks the best that this
+ * machine has. */
+enum {
+    HB_ISA_BEST = -1,
+    HB_ISA_SCALAR = 0,
+    HB_ISA_AVX2 = 1,
+    HB_ISA_AVX512VNNI = 2,
+    HB_ISA_NEON = 3,
+    HB_ISA_DOTPROD = 4,
+    HB_ISA_I8MM = 5,
+    HB_ISA_COUNT = 6
+};
 
 /* What hb_run returns; hb_status_text puts it in words. */
 enum {

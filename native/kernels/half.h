@@ -12,7 +12,7 @@
     static __attribute__((noinline, unused)) /* tails: rare, and large where there are no masks */
 
 /* Loops over register arrays, which must be unrolled to live in registers; scalar code has none to fill. */
-#if !defined(__AVX2__)
+#if !defined(__AVX2__) && !defined(HB_NEON)
 #define HB_UNROLL
 #elif defined(__clang__)
 #define HB_UNROLL _Pragma("unroll")

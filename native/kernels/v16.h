@@ -216,6 +216,16 @@ HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) {
     return HB_V16(hb_keep_8(test.l, a.l), hb_keep_8(test.h, a.h));
 }
 
+#elif defined(HB_NEON)
+#if defined(HB_I8MM)
+#define HB_ISA i8mm
+#elif defined(HB_DOTPROD)
+#define HB_ISA dotprod
+#else
+#define HB_ISA neon
+#endif
+#include "kernels/v16_arm.h"
+
 #else
 #define HB_ISA scalar
 
@@ -282,7 +292,7 @@ HB_INLINE v16 v16_as_float(vi16 a) { HB_LANES(v16, hb_from_bits((uint32_t)a.v[i]
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { HB_LANES(v16, test.v[i] ? a.v[i] : 0.0f); }
 #endif
 
-#if !defined(__AVX512F__)
+#if !defined(__AVX512F__) && !defined(HB_NEON)
 HB_OUTLINE v16 v16_sum16(const v16 s[16]) {
     float r[16];
     for (int l = 0; l < 4; l++)

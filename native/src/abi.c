@@ -14,6 +14,12 @@ const char *hb_isa_name(int isa) {
             return "avx2";
         case HB_ISA_AVX512VNNI:
             return "avx512vnni";
+        case HB_ISA_NEON:
+            return "neon";
+        case HB_ISA_DOTPROD:
+            return "dotprod";
+        case HB_ISA_I8MM:
+            return "i8mm";
         default:
             return NULL;
     }

@@ -5,7 +5,31 @@
 #include <sched.h>
 #endif
 
+#if HB_ARM && defined(__linux__)
+#include <sys/auxv.h>
+#elif HB_ARM && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "halfbyte.h"
+
+#if HB_ARM
+#if defined(__linux__) /* Android too; bits of the kernel's interface, which old headers lack */
+static bool has_dotprod(void) { return getauxval(AT_HWCAP) >> 20 & 1; }        /* HWCAP_ASIMDDP */
+static bool has_i8mm(void) { return getauxval(26 /* AT_HWCAP2 */) >> 13 & 1; } /* HWCAP2_I8MM */
+#elif defined(__APPLE__)
+static bool has(const char *name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(name, &value, &size, NULL, 0) && value;
+}
+static bool has_dotprod(void) { return has("hw.optional.arm.FEAT_DotProd"); }
+static bool has_i8mm(void) { return has("hw.optional.arm.FEAT_I8MM"); }
+#else
+static bool has_dotprod(void) { return false; }
+static bool has_i8mm(void) { return false; }
+#endif
+#endif
 
 bool hb_cpu_supports(int isa) {
     switch (isa) {
@@ -20,6 +44,13 @@ bool hb_cpu_supports(int isa) {
             return hb_cpu_supports(HB_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#elif HB_ARM
+        case HB_ISA_NEON:
+            return true; /* part of AArch64 */
+        case HB_ISA_DOTPROD:
+            return has_dotprod();
+        case HB_ISA_I8MM:
+            return has_dotprod() && has_i8mm();
 #endif
         default:
             return false;

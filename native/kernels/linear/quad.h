@@ -98,6 +98,9 @@ HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
     return (vi16){hb_dot_8(sum.l, w.l, v), hb_dot_8(sum.h, w.h, v)};
 }
 
+#elif defined(HB_NEON)
+#include "kernels/linear/quad_arm.h"
+
 #else
 typedef struct {
     int8_t v[64];

@@ -1,0 +1,1 @@
+#include "kernels/kv_put/kv_put.inc"
