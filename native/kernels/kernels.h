@@ -8,9 +8,9 @@
 
 #include "halfbyte_ops.h"
 
-enum { HB_QUANT_GROUP = 32 };    /* columns that share an activation scale */
+enum { HB_QUANT_GROUP = 32 };     /* columns that share an activation scale */
 enum { HB_TOKEN_TILE = 24 * 12 }; /* most tokens of one call of a linear kernel */
-enum { HB_CHUNK_COLS = 1024 };   /* columns of a panel that are unpacked at a time */
+enum { HB_CHUNK_COLS = 1024 };    /* columns of a panel that are unpacked at a time */
 enum { HB_FLOAT_CHUNK_COLS = 256 };
 enum { HB_ATTEND_TILE = 64 }; /* positions of one pass of the running softmax */
 enum { /* unpacked codes, then scale, minimum and offset of every 4 columns, and sums */
