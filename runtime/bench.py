@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.devices.fit import of_file
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.model import Model, load, weight_facts
+from halfbyte.runtime.model import load
 
 REPEATS = 3
 
@@ -61,8 +62,8 @@ def bench(
         decode.append(tokens / (time.perf_counter() - start))
         session.rewind(tokens + 1)
     rate = statistics.median(decode)
-    weights = weight_facts(model.file)["weight_bytes_per_token"]
-    cache = _cache_bytes(model, depth + 1 + tokens // 2)
+    load_of = of_file(model.file)
+    weights, cache = load_of.read, load_of.kv_read(depth + 1 + tokens // 2, model.kv_mode)
     bits = {"f32": 32.0, "f16": 16.0}[model.kv_mode]
     return {
         "file": str(path),
@@ -81,16 +82,6 @@ def bench(
         "machine": machine_name(),
         "commit": commit(),
     }
-
-
-def _cache_bytes(model: Model, length: int) -> int:
-    """Bytes of keys and values that attention reads at this length."""
-    size = {"f32": 4, "f16": 2}[model.kv_mode]
-    total = 0
-    for c in model.file.caches:
-        rows = min(length, int(c["window"]) or length)
-        total += rows * int(c["kv_heads"]) * (int(c["k_dim"]) + int(c["v_dim"])) * size
-    return total
 
 
 def peak_rss_mb() -> float:

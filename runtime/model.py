@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from halfbyte.devices.fit import of_file
 from halfbyte.formats.container import File
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import TokenizerError, UsageError
@@ -141,12 +142,8 @@ class Model:
 def weight_facts(file: File) -> dict[str, Any]:
     """Bytes and bits per weight by encoding, over the matrices; and the bytes a decoded token reads."""
     encodings: dict[str, dict[str, float]] = {}
-    weights = nbytes = read = 0
-    embedded = {int(r["w"][0]) for r in file.program if int(r["code"]) == 1}
-    multiplied = {int(r["w"][0]) for r in file.program if int(r["code"]) == 5}
-    for i, t in enumerate(file.tensors):
-        if i in multiplied or (t.tile != P16):
-            read += t.nbytes
+    weights = nbytes = 0
+    for t in file.tensors:
         if t.tile != P16:
             continue
         rows, cols = t.shape
@@ -156,15 +153,13 @@ def weight_facts(file: File) -> dict[str, Any]:
         row["bytes"] += t.nbytes
         weights += rows * cols
         nbytes += t.nbytes
-        if i in embedded and i not in multiplied:
-            read += t.nbytes // rows
     for row in encodings.values():
         row["bits_per_weight"] = 8 * row["bytes"] / row["weights"]
     return {
         "file_bytes": len(file.bytes),
         "matrix_weights": weights,
         "bits_per_weight": 8 * nbytes / weights if weights else 0.0,
-        "weight_bytes_per_token": read,
+        "weight_bytes_per_token": of_file(file).read,
         "encodings": encodings,
         "code_encodings": sorted(e for e in encodings if not BY_NAME[e].is_float),
         "digest": file.digest.hex(),
