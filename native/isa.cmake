@@ -3,6 +3,10 @@ function(halfbyte_isa_flags)
   foreach(source IN LISTS ARGN)
     if(source MATCHES "_x86_avx2\\.c$")
       set(flags -mavx2 -mfma -mf16c)
+    elseif(source MATCHES "_x86_avxvnni\\.c$")
+      set(flags -mavx2 -mfma -mf16c -mavxvnni)
+    elseif(source MATCHES "_x86_avx512vlvnni\\.c$") # -D: 256-bit registers, though there are wider ones
+      set(flags -mavx2 -mfma -mf16c -mavx512f -mavx512vl -mavx512vnni -DHB_AVX512VLVNNI)
     elseif(source MATCHES "_x86_avx512vnni\\.c$")
       set(flags -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni)
     elseif(source MATCHES "_arm_neon\\.c$")
@@ -18,4 +22,20 @@ function(halfbyte_isa_flags)
     endif()
     set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
   endforeach()
+endfunction()
+
+# Whether compiler and assembler know AVX-VNNI (GCC 11, Clang 12, binutils 2.36); its kernels are left out otherwise.
+function(halfbyte_check_avxvnni result)
+  include(CheckCSourceCompiles)
+  set(CMAKE_REQUIRED_FLAGS "-mavx2 -mavxvnni")
+  check_c_source_compiles("#include <immintrin.h>
+    int main(void) {
+      __m256i a = _mm256_setzero_si256();
+      return _mm256_extract_epi32(_mm256_dpbusd_avx_epi32(a, a, a), 0);
+    }" HALFBYTE_HAS_AVXVNNI)
+  if(HALFBYTE_HAS_AVXVNNI)
+    set(${result} 1 PARENT_SCOPE)
+  else()
+    set(${result} 0 PARENT_SCOPE)
+  endif()
 endfunction()

@@ -21,13 +21,14 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 1 };
+enum { HB_ABI_VERSION = 2 };
 
 /* Arithmetic: f32 computes with dequantised weights, i8g32 with int8 activations per 32 columns. */
 enum { HB_POLICY_F32 = 0, HB_POLICY_I8G32 = 1 };
 
-/* Instruction sets, those of one architecture in ascending order; HB_ISA_BEST picks the best that this
- * machine has. */
+/* Instruction sets, numbered as they were added; HB_ISA_BEST picks the best that this machine has. From worst
+ * to best, on x86: SCALAR, AVX2, AVXVNNI, AVX512VLVNNI (the kernels of AVXVNNI in the encoding of AVX-512,
+ * for machines that have only that one), AVX512VNNI; on ARM: SCALAR, NEON, DOTPROD, I8MM. */
 enum {
     HB_ISA_BEST = -1,
     HB_ISA_SCALAR = 0,
@@ -36,7 +37,9 @@ enum {
     HB_ISA_NEON = 3,
     HB_ISA_DOTPROD = 4,
     HB_ISA_I8MM = 5,
-    HB_ISA_COUNT = 6
+    HB_ISA_AVXVNNI = 6,
+    HB_ISA_AVX512VLVNNI = 7,
+    HB_ISA_COUNT = 8
 };
 
 /* What hb_run returns; hb_status_text puts it in words. */
@@ -112,7 +115,8 @@ HB_API int hb_pool_threads(const hb_pool *pool);
 HB_API void hb_pool_free(hb_pool *pool);
 
 /* Binds a verified program to weights. NULL, with the reason in `error`, when something cannot be run. The
- * tables are copied; weights are only pointed to. `isa` is HB_ISA_BEST or a limit. */
+ * tables are copied; weights are only pointed to. `isa` is HB_ISA_BEST or a limit:
+ * kernels of better instruction sets are not used. */
 HB_API hb_program *hb_bind(const hb_op *ops, uint32_t op_count, const hb_slot *slots, uint32_t slot_count,
                            const hb_cache *caches, uint32_t cache_count, const hb_weight *weights,
                            uint32_t weight_count, int policy, int isa, hb_pool *pool, char *error,

@@ -9,7 +9,8 @@
 #define HB_CAT2(a, b) a##_##b
 #define HB_CAT(a, b) HB_CAT2(a, b)
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(HB_AVX512VLVNNI)
+#define HB_AVX512 1
 #include <immintrin.h>
 #define HB_ISA avx512vnni
 
@@ -97,7 +98,13 @@ HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { /* 0 where test is 0 */
 
 #elif defined(__AVX2__)
 #include <immintrin.h>
+#if defined(HB_AVX512VLVNNI)
+#define HB_ISA avx512vlvnni
+#elif defined(__AVXVNNI__)
+#define HB_ISA avxvnni
+#else
 #define HB_ISA avx2
+#endif
 
 typedef struct {
     __m256 l, h;
@@ -292,7 +299,7 @@ HB_INLINE v16 v16_as_float(vi16 a) { HB_LANES(v16, hb_from_bits((uint32_t)a.v[i]
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { HB_LANES(v16, test.v[i] ? a.v[i] : 0.0f); }
 #endif
 
-#if !defined(__AVX512F__) && !defined(HB_NEON)
+#if !defined(HB_AVX512) && !defined(HB_NEON)
 HB_OUTLINE v16 v16_sum16(const v16 s[16]) {
     float r[16];
     for (int l = 0; l < 4; l++)

@@ -20,6 +20,10 @@ const char *hb_isa_name(int isa) {
             return "dotprod";
         case HB_ISA_I8MM:
             return "i8mm";
+        case HB_ISA_AVXVNNI:
+            return "avxvnni";
+        case HB_ISA_AVX512VLVNNI:
+            return "avx512vlvnni";
         default:
             return NULL;
     }

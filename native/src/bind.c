@@ -15,9 +15,11 @@ const hb_kernel_row hb_kernel_rows[] = {
 const int hb_kernel_rows_count = (int)(sizeof hb_kernel_rows / sizeof hb_kernel_rows[0]);
 
 const hb_kernel_row *hb_choose(const char *op, const char *family, int isa) {
+    const int limit = hb_cpu_rank(isa);
     for (int i = 0; i < hb_kernel_rows_count; i++) {
         const hb_kernel_row *r = &hb_kernel_rows[i];
-        if (r->isa <= isa && !strcmp(r->op, op) && !strcmp(r->family, family) && hb_cpu_supports(r->isa))
+        if (hb_cpu_rank(r->isa) <= limit && !strcmp(r->op, op) && !strcmp(r->family, family) &&
+            hb_cpu_supports(r->isa))
             return r;
     }
     return NULL;

@@ -5,6 +5,9 @@
 #include <sched.h>
 #endif
 
+#if HB_AVXVNNI
+#include <cpuid.h>
+#endif
 #if HB_ARM && defined(__linux__)
 #include <sys/auxv.h>
 #elif HB_ARM && defined(__APPLE__)
@@ -31,6 +34,13 @@ static bool has_i8mm(void) { return false; }
 #endif
 #endif
 
+#if HB_AVXVNNI
+static bool has_avxvnni(void) { /* compilers that know the flag need not know the name of a builtin */
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+#endif
+
 bool hb_cpu_supports(int isa) {
     switch (isa) {
         case HB_ISA_SCALAR:
@@ -39,6 +49,14 @@ bool hb_cpu_supports(int isa) {
         case HB_ISA_AVX2:
             __builtin_cpu_init();
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if HB_AVXVNNI
+        case HB_ISA_AVXVNNI: /* of the registers of AVX2 */
+            return hb_cpu_supports(HB_ISA_AVX2) && has_avxvnni();
+#endif
+        case HB_ISA_AVX512VLVNNI:
+            __builtin_cpu_init();
+            return hb_cpu_supports(HB_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
         case HB_ISA_AVX512VNNI:
             __builtin_cpu_init();
             return hb_cpu_supports(HB_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
@@ -57,11 +75,22 @@ bool hb_cpu_supports(int isa) {
     }
 }
 
+/* Every instruction set, those of one architecture from worst to best. */
+static const int ranks[HB_ISA_COUNT] = {
+    HB_ISA_SCALAR,     HB_ISA_AVX2, HB_ISA_AVXVNNI, HB_ISA_AVX512VLVNNI,
+    HB_ISA_AVX512VNNI, HB_ISA_NEON, HB_ISA_DOTPROD, HB_ISA_I8MM,
+};
+
+int hb_cpu_rank(int isa) {
+    int rank = HB_ISA_COUNT - 1;
+    while (rank >= 0 && ranks[rank] != isa) rank--;
+    return rank;
+}
+
 int hb_cpu_best(void) {
-    int best = HB_ISA_SCALAR;
-    for (int isa = 0; isa < HB_ISA_COUNT; isa++)
-        if (hb_cpu_supports(isa)) best = isa;
-    return best;
+    int rank = HB_ISA_COUNT - 1;
+    while (!hb_cpu_supports(ranks[rank])) rank--; /* SCALAR is everywhere */
+    return ranks[rank];
 }
 
 int hb_cpu_count(void) {

@@ -224,7 +224,7 @@ static unsigned run_isa(const test_case *cases, uint32_t count, int isa, hb_pool
         hb_kernel_info_at(row, isa, &k);
         if (!k.chosen) continue;
         const bool ok = tallies[row].cases && !tallies[row].failures;
-        printf("%-10s %-34s %4u cases %s\n", hb_isa_name(isa), k.name, tallies[row].cases,
+        printf("%-12s %-34s %4u cases %s\n", hb_isa_name(isa), k.name, tallies[row].cases,
                ok                   ? "ok"
                : tallies[row].cases ? "WRONG"
                                     : "UNTRIED");

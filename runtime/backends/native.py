@@ -194,12 +194,13 @@ class Native(Backend):
     def describe(self) -> dict[str, object]:
         """Adds the library, its instruction set and the kernel of every op and family."""
         chosen = {f"{k['op']}.{k['family']}": k["name"] for k in kernels(self._isa) if k["chosen"]}
-        isa = self._isa
-        if isa == ISA_BEST:
-            isa = max(i for i in range(self._lib.HB_ISA_COUNT) if self._lib.hb_isa_supported(i))
+        if self._isa == ISA_BEST:
+            isa = next(k["isa"] for k in kernels() if k["supported"])  # the table is in order of preference
+        else:
+            isa = self._ffi.string(self._lib.hb_isa_name(self._isa)).decode()
         return {
             **super().describe(),
             "library": str(library_path()),
-            "isa": self._ffi.string(self._lib.hb_isa_name(isa)).decode(),
+            "isa": isa,
             "kernels": chosen,
         }

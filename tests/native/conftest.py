@@ -12,7 +12,7 @@ from halfbyte.formats.container import Tensor
 from halfbyte.runtime.arena import Arena
 from halfbyte.runtime.backends import native
 
-ISAS = ("scalar", "avx2", "avx512vnni", "neon", "dotprod", "i8mm")
+ISAS = ("scalar", "avx2", "avx512vnni", "neon", "dotprod", "i8mm", "avxvnni", "avx512vlvnni")
 
 
 def aligned(data: np.ndarray) -> np.ndarray:

@@ -32,11 +32,33 @@ def test_the_first_supported_row_wins(rig):
 
 
 def test_a_limit_is_obeyed(rig):
-    for limit, name in enumerate(rig.ISAS):
-        isas = {k["isa"] for k in native.kernels(limit) if k["chosen"]}
-        assert isas <= set(rig.ISAS[: limit + 1])
-        if name in rig.usable():
+    ascending = {  # numbers say nothing of the order
+        "x86": ("scalar", "avx2", "avxvnni", "avx512vlvnni", "avx512vnni"),
+        "arm": ("scalar", "neon", "dotprod", "i8mm"),
+    }
+    assert {n for names in ascending.values() for n in names} == set(rig.ISAS)
+    usable = rig.usable()
+    order = next(names for names in ascending.values() if set(usable) <= set(names))
+    for place, name in enumerate(order):
+        isas = {k["isa"] for k in native.kernels(rig.ISAS.index(name)) if k["chosen"]}
+        assert isas <= set(order[: place + 1])
+        if name in usable:
             assert name in isas
+    best = [n for n in order if n in usable][-1]
+    assert native.kernels() == native.kernels(rig.ISAS.index(best))
+
+
+def test_a_set_without_kernels_for_an_op_leaves_it_to_the_next(rig):
+    if "avx512vlvnni" not in rig.usable():
+        pytest.skip("this machine lacks AVX-512-VNNI")
+    isa = {
+        (k["op"], k["family"]): k["isa"]
+        for k in native.kernels(rig.ISAS.index("avx512vlvnni"))
+        if k["chosen"] and k["isa"] != "scalar"
+    }
+    own = {("linear", f) for f in ("q8", "q4", "affine8", "affine4")}
+    assert {key for key, name in isa.items() if name == "avx512vlvnni"} == own
+    assert {name for key, name in isa.items() if key not in own} == {"avx2"}
 
 
 @pytest.mark.parametrize("threads", range(1, 9))

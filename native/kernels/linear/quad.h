@@ -7,7 +7,7 @@
 #include "kernels/kernels.h"
 #include "kernels/v16.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(HB_AVX512)
 /* vpdpbusd multiplies unsigned by signed bytes: weights are held as level + 128. */
 typedef __m512i quad;
 #define QUAD_BYTES_ARE_SIGNED 0
@@ -43,11 +43,26 @@ HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
 }
 
 #elif defined(__AVX2__)
-/* vpmaddubsw multiplies unsigned by signed bytes and saturates pairs to 16 bits: with |level| <= 128 and
- * |x| <= 127 a pair is at most 32512, so it never does. */
 typedef struct {
     __m256i l, h;
 } quad;
+#if defined(__AVXVNNI__) || defined(HB_AVX512VLVNNI) /* vpdpbusd, on halves */
+#define QUAD_BYTES_ARE_SIGNED 0
+#define QUAD_FLIP_SIGNED 0x80
+#define QUAD_OFFSET_SIGNED (-128)
+#define QUAD_FLIP_UNSIGNED 0
+#define QUAD_OFFSET_UNSIGNED 0
+#define QUAD_OFFSET_TABLE (-128)
+#define QUAD_WIDE 6
+#define QUAD_DIRECT 2
+#if defined(HB_AVX512VLVNNI)
+#define HB_DOT_8 _mm256_dpbusd_epi32
+#else
+#define HB_DOT_8 _mm256_dpbusd_avx_epi32
+#endif
+#else
+/* vpmaddubsw multiplies unsigned by signed bytes and saturates pairs to 16 bits: with |level| <= 128 and
+ * |x| <= 127 a pair is at most 32512, so it never does. */
 #define QUAD_BYTES_ARE_SIGNED 1
 #define QUAD_FLIP_SIGNED 0
 #define QUAD_OFFSET_SIGNED 0
@@ -56,6 +71,12 @@ typedef struct {
 #define QUAD_OFFSET_TABLE 0
 #define QUAD_WIDE 4
 #define QUAD_DIRECT 2
+#define HB_DOT_8 hb_dot_8
+HB_INLINE __m256i hb_dot_8(__m256i sum, __m256i w, __m256i x) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
 
 HB_INLINE quad quad_load(const uint8_t *p) {
     return (quad){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
@@ -76,7 +97,9 @@ HB_INLINE quad quad_add_rows(quad a, vi16 rows) {
                   _mm256_add_epi8(a.h, _mm256_mullo_epi32(rows.h, spread))};
 }
 HB_INLINE quad quad_table(const int8_t levels[16]) {
-    __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)levels));
+    __m128i half = _mm_loadu_si128((const __m128i *)levels);
+    if (!QUAD_BYTES_ARE_SIGNED) half = _mm_xor_si128(half, _mm_set1_epi8((char)0x80));
+    __m256i t = _mm256_broadcastsi128_si256(half);
     return (quad){t, t};
 }
 HB_INLINE quad quad_low(quad raw, quad table) {
@@ -87,15 +110,11 @@ HB_INLINE quad quad_low(quad raw, quad table) {
 HB_INLINE quad quad_high(quad raw, quad table) {
     return quad_low((quad){_mm256_srli_epi16(raw.l, 4), _mm256_srli_epi16(raw.h, 4)}, table);
 }
-HB_INLINE __m256i hb_dot_8(__m256i sum, __m256i w, __m256i x) {
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
 HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
     int32_t x4;
     memcpy(&x4, x, 4);
     __m256i v = _mm256_set1_epi32(x4);
-    return (vi16){hb_dot_8(sum.l, w.l, v), hb_dot_8(sum.h, w.h, v)};
+    return (vi16){HB_DOT_8(sum.l, w.l, v), HB_DOT_8(sum.h, w.h, v)};
 }
 
 #elif defined(HB_NEON)
