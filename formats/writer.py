@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,7 +176,7 @@ class Writer:
             offset, nbytes = offset + len(chunk), nbytes - len(chunk)
         return h.digest()
 
-    def _finish(self, _progress: Callable[[int], None] | None = None) -> None:
+    def _finish(self) -> None:
         records = np.zeros(len(self.tensors), container.TENSOR_DTYPE)
         at = 0
         digests = []

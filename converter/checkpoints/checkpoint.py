@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.formats.encodings import dequantize
 from halfbyte.formats.errors import CheckpointError
 
 
@@ -46,28 +47,13 @@ class Packed:
 
     def dequantize(self) -> np.ndarray:
         """The matrix as float32 [rows, cols]; each step rounds to float32 in the order written."""
-        scales = self._per_column(self.scales.astype(np.float32))
-        codes = self.codes.astype(np.float32)
-        if self.encoding in ("q8", "i8"):
-            return scales * codes
-        if self.encoding == "i4":
-            return scales * (codes - np.float32(8))
-        if self.encoding in ("a8", "a4") and self.mins is not None:
-            return scales * codes + self._per_column(self.mins.astype(np.float32))
-        if self.encoding in ("z8", "z4") and self.zeros is not None:
-            return scales * (codes - self._per_column(self.zeros.astype(np.float32)))
-        raise CheckpointError(f"cannot dequantise encoding {self.encoding!r}: it is unknown or incomplete")
+        return dequantize(self.encoding, self.codes, self.scales, self.group, self.mins, self.zeros)
 
     def take(self, rows: np.ndarray) -> Packed:
         """The rows with these indices, in this order; codes and parameters stay exact."""
         mins = None if self.mins is None else self.mins[rows]
         zeros = None if self.zeros is None else self.zeros[rows]
         return Packed(self.encoding, self.group, self.codes[rows], self.scales[rows], mins, zeros)
-
-    def _per_column(self, values: np.ndarray) -> np.ndarray:
-        """Repeat per-group values [rows, groups] to [rows, cols]."""
-        cols = self.codes.shape[1]
-        return np.repeat(values, self.group or max(cols, 1), axis=1)[:, :cols]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from halfbyte.formats.errors import UsageError
 
 LANES = 16
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+F16, F32 = ir.HalfType(), ir.FloatType()
 VI32, VF32 = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 # What each ISA needs of the CPU, best first. `neon` without dotprod is served by the generic code.
