@@ -52,9 +52,8 @@ def convert(
         if recipe is None:
             floats = {"f32", "f16", "bf16", "f64"}
             recipe = "keep" if any(checkpoint.dtype(n) not in floats for n in checkpoint.names()) else "q4"
-        models.module_name(
-            checkpoint.config.get("model_type")
-        )  # before anything else that its config may lack
+        # first of all, since the config of an unsupported type may lack everything else
+        models.module_name(checkpoint.config.get("model_type"))
         b = Builder(checkpoint, recipe_named(recipe), context)
         try:
             models.build(b)

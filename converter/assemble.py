@@ -96,7 +96,6 @@ def _encode(parts: list[np.ndarray | Packed], t: Matrix) -> dict[str, np.ndarray
                 _check_finite(stacked, t)
                 out[plane] = tiles.pack_groups(stacked)
         return out
-    # `+ 0` would turn -0 into 0: astype keeps the bits of whatever the source type can hold
     w = np.concatenate([p.dequantize() if isinstance(p, Packed) else p.astype(np.float32) for p in parts])
     _check_finite(w, t)
     if e.is_float:

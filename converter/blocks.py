@@ -113,6 +113,14 @@ def sliding_layers(b: Builder, default: Callable[[int], bool]) -> list[bool]:
     return [t == SLIDING for t in types[: b.layers]]
 
 
+def upper_layers_slide(b: Builder) -> list[bool]:
+    """Qwen's rule: layers from max_window_layers on slide, if use_sliding_window is set at all."""
+    first = b.layers
+    if b.config.get("use_sliding_window", False):
+        first = b.config.integer("max_window_layers", 28, minimum=0)
+    return sliding_layers(b, lambda i: i >= first)
+
+
 def window_of(b: Builder, slides: bool) -> int:
     """The window of a layer; 0 is unbounded."""
     return b.config.integer("sliding_window", 0, minimum=0) if slides else 0

@@ -12,7 +12,6 @@ import numpy as np
 
 from halfbyte.devices.fit import of_file
 from halfbyte.formats.container import File
-from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import TokenizerError, UsageError
 from halfbyte.formats.tiles import P16
 from halfbyte.runtime.backends import backend_class
@@ -161,6 +160,5 @@ def weight_facts(file: File) -> dict[str, Any]:
         "bits_per_weight": 8 * nbytes / weights if weights else 0.0,
         "weight_bytes_per_token": of_file(file).read,
         "encodings": encodings,
-        "code_encodings": sorted(e for e in encodings if not BY_NAME[e].is_float),
         "digest": file.digest.hex(),
     }

@@ -8,7 +8,7 @@ from halfbyte.converter.blocks import (
     attention,
     gated_mlp,
     head,
-    sliding_layers,
+    upper_layers_slide,
     window_of,
 )
 from halfbyte.converter.builder import Builder, Slot
@@ -22,8 +22,7 @@ def build(b: Builder) -> Slot:
     table = rope(c, heads.dim)
     eps = c.number("rms_norm_eps", 1e-6)
     activation = c.choice("hidden_act", ACTIVATIONS, "silu")
-    first = c.integer("max_window_layers", 28, minimum=0) if c.get("use_sliding_window", False) else b.layers
-    slides = sliding_layers(b, lambda i: i >= first)
+    slides = upper_layers_slide(b)
     x = b.embed()
     for i, p in b.each_layer():
         y = b.rmsnorm(x, f"{p}.input_layernorm.weight", eps)
