@@ -10,11 +10,12 @@
 
 enum { HB_QUANT_GROUP = 32 };     /* columns that share an activation scale */
 enum { HB_TOKEN_TILE = 24 * 12 }; /* most tokens of one call of a linear kernel */
-enum { HB_CHUNK_COLS = 1024 };    /* columns of a panel that are unpacked at a time */
+enum { HB_PANELS = 8 };           /* most panels of one call of a linear kernel */
+enum { HB_CHUNK_COLS = 1024 };    /* columns that are unpacked at a time, of all panels of a task */
 enum { HB_FLOAT_CHUNK_COLS = 256 };
 enum { HB_ATTEND_TILE = 64 }; /* positions of one pass of the running softmax */
 enum { /* unpacked codes, then scale, minimum and offset of every 4 columns, and sums */
-       HB_LINEAR_SCRATCH = HB_CHUNK_COLS * 16 + 3 * (HB_CHUNK_COLS / 4) * 64 + HB_TOKEN_TILE * 4 * 64
+       HB_LINEAR_SCRATCH = HB_CHUNK_COLS * 16 + 3 * (HB_CHUNK_COLS / 4) * 64 + HB_TOKEN_TILE * HB_PANELS * 64
 };
 
 /* A p16 matrix, taken apart into planes. `panel_*` are the bytes of one panel of 16 rows of a plane. */
@@ -77,7 +78,9 @@ typedef struct hb_attend {
 
 /* Quantises one row of x as token `lane` of the strip that starts at s->data. */
 typedef void hb_quantize_fn(const float *x, uint32_t cols, const hb_strips *s, uint32_t lane);
-typedef void hb_linear_fn(const hb_linear *op, uint32_t panel, uint32_t t0, uint32_t t1, void *scratch);
+/* Panels panel <= p < end, at most HB_PANELS, of the output of tokens t0 <= t < t1, at most HB_TOKEN_TILE. */
+typedef void hb_linear_fn(const hb_linear *op, uint32_t panel, uint32_t end, uint32_t t0, uint32_t t1,
+                          void *scratch);
 typedef void hb_embed_fn(const hb_matrix *table, uint32_t row, float *y);
 typedef void hb_rmsnorm_fn(const float *x, const float *weight, float eps, uint32_t width, uint32_t dim,
                            float *y);

@@ -123,13 +123,24 @@ static void quantize_task(void *context, uint32_t t, uint32_t worker) {
     j->program->kernels.quantize(l->x + t * l->ldx, l->matrix->cols, &strip, t % strip.width);
 }
 
+/* Panels of one task. A few tokens are bound by memory, and divide best panel by panel; for many, panels of a
+ * task share the activations in the cache, as long as there are tasks enough for every thread. */
+static uint32_t linear_panels(const job *j, uint32_t rows) {
+    const uint32_t panels = (j->bound->matrix.rows + 15) / 16;
+    const uint32_t share = panels / ((uint32_t)hb_pool_threads(j->program->pool) * 4);
+    if (rows <= 4) return 1;
+    return share >= HB_PANELS ? HB_PANELS : share >= 4 ? 4 : 2;
+}
+
 static void linear_task(void *context, uint32_t index, uint32_t worker) {
     const job *j = context;
     const hb_bound *b = j->bound;
-    const uint32_t panels = (b->matrix.rows + 15) / 16, tile = index / panels;
-    const uint32_t rows = slot_rows(j, b->op.out[0]), t0 = tile * HB_TOKEN_TILE;
+    const uint32_t panels = (b->matrix.rows + 15) / 16, rows = slot_rows(j, b->op.out[0]);
+    const uint32_t each = linear_panels(j, rows), spans = (panels + each - 1) / each;
+    const uint32_t t0 = index / spans * HB_TOKEN_TILE, panel = index % spans * each;
     const uint32_t t1 = rows - t0 < HB_TOKEN_TILE ? rows : t0 + HB_TOKEN_TILE;
-    b->linear(&j->linear, index % panels, t0, t1, j->program->scratch + worker * j->program->scratch_bytes);
+    b->linear(&j->linear, panel, panels - panel < each ? panels : panel + each, t0, t1,
+              j->program->scratch + worker * j->program->scratch_bytes);
 }
 
 static void run_linear(job *j) {
@@ -146,8 +157,9 @@ static void run_linear(job *j) {
         hb_pool_run(p->pool, quantize_task, j, rows,
                     (size_t)rows * m->cols < SMALL_VALUES ? rows : (rows + 15) / 16);
     }
-    const uint32_t panels = (m->rows + 15) / 16, tiles = (rows + HB_TOKEN_TILE - 1) / HB_TOKEN_TILE;
-    const uint32_t count = panels * tiles, share = count / ((uint32_t)hb_pool_threads(p->pool) * 8);
+    const uint32_t each = linear_panels(j, rows) * 16, spans = (m->rows + each - 1) / each;
+    const uint32_t count = spans * ((rows + HB_TOKEN_TILE - 1) / HB_TOKEN_TILE);
+    const uint32_t share = count / ((uint32_t)hb_pool_threads(p->pool) * 8);
     const bool small = (uint64_t)rows * m->rows * m->cols < SMALL_PRODUCTS;
     hb_pool_run(p->pool, linear_task, j, count, small ? count : share > 32 ? 32 : share);
 }

@@ -18,6 +18,7 @@ typedef __m512i quad;
 #define QUAD_OFFSET_TABLE (-128)
 #define QUAD_WIDE 12  /* tokens whose sums fit the registers */
 #define QUAD_DIRECT 4 /* tokens worth unpacking codes in registers for */
+#define QUAD_PANELS 2 /* panels of a blocked product, which then share every load of activations */
 
 HB_INLINE quad quad_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 HB_INLINE void quad_store(uint8_t *p, quad a) { _mm512_storeu_si512(p, a); }
@@ -170,6 +171,13 @@ HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
         sum.v[r] += w.v[4 * r] * x[0] + w.v[4 * r + 1] * x[1] + w.v[4 * r + 2] * x[2] + w.v[4 * r + 3] * x[3];
     return sum;
 }
+#endif
+
+#if !defined(QUAD_PANELS)
+#define QUAD_PANELS 1
+#endif
+#if !defined(QUAD_PARTS)
+#define QUAD_PARTS 0
 #endif
 
 #endif
