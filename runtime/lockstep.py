@@ -104,8 +104,11 @@ def _step(
         other.run_range(theirs, i, i + 1)
         if op.name == "kv_put":
             c = int(record["attr"][0])
-            want = np.concatenate([ours.kvs[0].k[c].reshape(-1), ours.kvs[0].v[c].reshape(-1)])[None]
-            got = np.concatenate([theirs.kvs[0].k[c].reshape(-1), theirs.kvs[0].v[c].reshape(-1)])[None]
+            start, end = int(ours.positions[0]), int(ours.positions[-1]) + 1
+            want, got = (
+                np.concatenate([a.reshape(-1) for a in step.kvs[0].read(c, start, end)])[None]
+                for step in (ours, theirs)
+            )
         else:
             o = int(record["out"][0])
             want, got = reference.slot(o, ours), other.slot(o, theirs)

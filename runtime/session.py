@@ -13,12 +13,13 @@ import numpy as np
 from halfbyte.formats.container import sha256
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.backends.backend import Step
-from halfbyte.runtime.kv import MODES
+from halfbyte.runtime.kv import KV, MODES
 from halfbyte.runtime.model import CHUNK, Model
 
 _MAGIC = b"\x89hbs\r\n\x1a\n"
 _HEAD = struct.Struct("<8s32s4sIQ")  # magic, model digest, kv mode, format version, position
-_VERSION = 1
+_FIRST = struct.Struct("<Q")  # before the keys and values of a cache: the first position held
+_VERSION = 2
 
 
 class Session:
@@ -62,10 +63,10 @@ class Session:
         if not all(0 <= i < self.model.vocab_size for i in ids):
             raise UsageError(f"token ids must lie in 0..{self.model.vocab_size - 1}")
         start, out = self.position, []
-        self.kv.reserve(start + len(ids))
         for at in range(0, len(ids), chunk):
             part = np.asarray(ids[at : at + chunk], np.int32)
             rows = len(part)
+            self.kv.reserve(start + at + rows, start + at)
             last = at + rows == len(ids)
             picks = (
                 np.arange(rows, dtype=np.int32) if every else np.array([rows - 1] if last else [], np.int32)
@@ -77,15 +78,26 @@ class Session:
         return np.concatenate(out)
 
     def rewind(self, n: int) -> None:
-        """Forget the last n tokens. Raises UsageError when there are fewer."""
+        """Forget the last n tokens. Raises UsageError when there are fewer.
+
+        Where a sliding window has already let go of what the earlier position saw, the tokens that remain
+        are fed again, which gives the same keys and values.
+        """
         if not 0 <= n <= self.position:
             raise UsageError(f"cannot rewind {n} tokens: {self.position} were fed")
-        del self.ids[self.position - n :]
+        if n == 0:
+            return
+        ids = self.ids[: self.position - n]
+        self.kv.truncate(len(ids))
+        self.ids = ids
+        if not self.kv.holds(len(ids)):
+            self.ids, self.kv = [], self.model.new_kv()
+            self.feed(ids)
 
     def fork(self) -> Session:
-        """An independent copy that continues from here."""
+        """An independent session that continues from here; memory is shared until one of the two writes."""
         other = Session.__new__(Session)
-        other.model, other.ids, other.kv = self.model, list(self.ids), self.kv.copy(self.position)
+        other.model, other.ids, other.kv = self.model, list(self.ids), self.kv.fork(self.position)
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -96,8 +108,11 @@ class Session:
         path = Path(path)
         body = io.BytesIO()
         body.write(np.asarray(self.ids, "<i4").tobytes())
-        for a in (*self.kv.k, *self.kv.v):
-            body.write(np.ascontiguousarray(a[:, : self.position]).tobytes())
+        for c in range(len(self.kv.caches)):
+            first = self.kv.first(c, self.position)
+            body.write(_FIRST.pack(first))
+            for a in self.kv.read(c, first, self.position):
+                body.write(a.tobytes())
         head = _HEAD.pack(_MAGIC, self.model.file.digest, self.kv.mode.encode(), _VERSION, self.position)
         data = head + body.getvalue()
         partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -127,18 +142,32 @@ class Session:
             raise HalfbyteError(f"{path}: the session belongs to another model file")
         if kv_mode != model.kv_mode:
             raise HalfbyteError(f"{path}: saved with kv {kv_mode}, the model was loaded with {model.kv_mode}")
-        session = cls(model)
-        session.kv.reserve(max(position, 1))
-        dtype, at = np.dtype(MODES[kv_mode]), _HEAD.size + 4 * position
-        expected = (
-            at
-            + sum(a.shape[0] * position * a.shape[2] for a in (*session.kv.k, *session.kv.v)) * dtype.itemsize
-        )
-        if position > model.context_length or len(data) != expected + 32:
+        at, session = _HEAD.size + 4 * position, cls(model)
+        if position > model.context_length or at + 32 > len(data):
             raise HalfbyteError(f"{path}: the session does not fit the model")
         session.ids = np.frombuffer(data, "<i4", position, _HEAD.size).tolist()
-        for a in (*session.kv.k, *session.kv.v):
-            n = a.shape[0] * position * a.shape[2]
-            a[:, :position] = np.frombuffer(data, dtype, n, at).reshape(a.shape[0], position, a.shape[2])
-            at += n * dtype.itemsize
+        session.kv.reserve(position)
+        for c, cache in enumerate(session.kv.caches):
+            at = _read_cache(session.kv, c, cache, data, at, position)
+        if at + 32 != len(data) or not session.kv.holds(position):
+            raise HalfbyteError(f"{path}: the session does not fit the model")
         return session
+
+
+def _read_cache(kv: KV, c: int, cache: np.void, data: bytes, at: int, position: int) -> int:
+    """Keys and values of one cache from a session file; where the next one starts, or -1."""
+    if at < 0 or at + _FIRST.size > len(data):
+        return -1
+    (first,) = _FIRST.unpack_from(data, at)
+    at += _FIRST.size
+    heads, n, dtype = int(cache["kv_heads"]), position - first, np.dtype(MODES[kv.mode])
+    sides = []
+    for field in ("k_dim", "v_dim"):
+        shape = heads, n, int(cache[field])
+        nbytes = heads * n * shape[2] * dtype.itemsize
+        if n < 0 or at + nbytes > len(data):
+            return -1
+        sides.append(np.frombuffer(data, dtype, heads * n * shape[2], at).reshape(shape))
+        at += nbytes
+    kv.put(c, first, *sides)
+    return at

@@ -66,11 +66,12 @@ typedef struct hb_weight {
     uint32_t scale_type;
 } hb_weight;
 
-/* One session's caches: k[c] and v[c] are [kv_heads, capacity, dim] of `type` HB_ENC_F32 or HB_ENC_F16. */
+/* One session's caches in pages of 64 positions: pages[c * page_count + position / 64] is a page of cache c
+ * or NULL. A page holds, head by head, keys [4][k_dim][16] (position 16 * i + j is lane j of tile i) and
+ * values [64][v_dim], of `type` HB_ENC_F32 or HB_ENC_F16, aligned to 64 bytes. */
 typedef struct hb_kv {
-    void *const *k;
-    void *const *v;
-    uint32_t capacity;
+    void *const *pages;
+    uint32_t page_count;
     uint32_t type;
 } hb_kv;
 

@@ -13,7 +13,10 @@ enum { HB_TOKEN_TILE = 24 * 12 }; /* most tokens of one call of a linear kernel 
 enum { HB_PANELS = 8 };           /* most panels of one call of a linear kernel */
 enum { HB_CHUNK_COLS = 1024 };    /* columns that are unpacked at a time, of all panels of a task */
 enum { HB_FLOAT_CHUNK_COLS = 256 };
-enum { HB_ATTEND_TILE = 64 }; /* positions of one pass of the running softmax */
+enum { HB_PAGE = 64 };            /* positions of a page of a cache */
+enum { HB_SEGMENT = 16 };         /* pages of one running softmax */
+enum { HB_ATTEND_QUERIES = 128 }; /* rows times heads of one task, unless one row has more heads */
+enum { HB_ALL_SEGMENTS = 0xffffffffu };
 enum { /* unpacked codes, then scale, minimum and offset of every 4 columns, and sums */
        HB_LINEAR_SCRATCH = HB_CHUNK_COLS * 16 + 3 * (HB_CHUNK_COLS / 4) * 64 + HB_TOKEN_TILE * HB_PANELS * 64
 };
@@ -64,7 +67,7 @@ typedef struct hb_linear {
     size_t ldy;
 } hb_linear;
 
-/* One row of queries against one session's cache. */
+/* Rows of queries against their sessions' caches. */
 typedef struct hb_attend {
     const float *q;
     float *y;
@@ -74,7 +77,15 @@ typedef struct hb_attend {
     const int32_t *positions;
     const int32_t *sessions;
     const struct hb_kv *kv;
+    uint32_t segments; /* of the longest row, and room for the sums of each, when they are computed apart */
+    float *partial;
 } hb_attend;
+
+/* Where the sums of a segment lie: for each head the maximum, the total, 14 unused values and the columns. */
+static inline float *hb_attend_partial(const hb_attend *op, uint32_t t, uint32_t kv_head, uint32_t segment) {
+    const size_t each = (size_t)op->share * ((op->v_dim + 15u) / 16u * 16u + 16);
+    return op->partial + (((size_t)t * op->kv_heads + kv_head) * op->segments + segment) * each;
+}
 
 /* Quantises one row of x as token `lane` of the strip that starts at s->data. */
 typedef void hb_quantize_fn(const float *x, uint32_t cols, const hb_strips *s, uint32_t lane);
@@ -92,16 +103,24 @@ typedef void hb_unary_fn(const float *x, uint32_t n, uint32_t function, float p,
 typedef void hb_glu_fn(const float *gate, const float *up, uint32_t n, uint32_t function, float *y);
 typedef void hb_rope_fn(const float *x, uint32_t heads, uint32_t head_dim, uint32_t n, const float *cosine,
                         const float *sine, float *y);
-typedef void hb_kv_put_fn(const float *x, uint32_t n, uint32_t type, void *out);
-typedef void hb_attend_fn(const hb_attend *op, uint32_t t, uint32_t kv_head, void *scratch);
+typedef void hb_kv_put_fn(const float *x, uint32_t n, uint32_t type, void *out, uint32_t stride);
+/* Rows t and on, of one session at consecutive positions: one segment into op->partial, or HB_ALL_SEGMENTS.
+ */
+typedef void hb_attend_fn(const hb_attend *op, uint32_t t, uint32_t rows, uint32_t kv_head, uint32_t segment,
+                          void *scratch);
+typedef void hb_attend_merge_fn(const hb_attend *op, uint32_t t, uint32_t kv_head, void *scratch);
 
 #define HB_KERNEL(op, family, isa, function) hb_##op##_fn function;
 #include "kernels/kernels.inc"
 #undef HB_KERNEL
 
-/* Bytes of scratch that an attend kernel needs. */
-static inline size_t hb_attend_scratch(uint32_t share, uint32_t v_dim) {
-    return ((size_t)share * (HB_ATTEND_TILE + (v_dim + 15u) / 16u * 16u + 16) + 64) * sizeof(float);
+/* Rows of one task of ATTEND, and the bytes of scratch that its kernel needs. */
+static inline uint32_t hb_attend_rows(uint32_t share) {
+    return share < HB_ATTEND_QUERIES ? HB_ATTEND_QUERIES / share : 1;
+}
+static inline size_t hb_attend_scratch(uint32_t share, uint32_t k_dim, uint32_t v_dim) {
+    const size_t n = (size_t)share * hb_attend_rows(share), stride = (v_dim + 15u) / 16u * 16u;
+    return (n * (HB_PAGE + 2 * stride + k_dim) + 4 * (n + 16) + HB_PAGE * (stride + k_dim)) * sizeof(float);
 }
 
 #endif

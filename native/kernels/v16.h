@@ -63,18 +63,11 @@ HB_INLINE float v16_sum(v16 a) {
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 
-/* Sums of sixteen vectors, each by the order of v16_sum: lane 4 * l + e is the sum of s[4 * e + l]. */
-HB_INLINE v16 v16_sum16(const v16 s[16]) {
-    v16 a[8], b[4];
-    HB_UNROLL for (int i = 0; i < 8; i++) a[i] =
-        _mm512_add_ps(_mm512_shuffle_f32x4(s[2 * i], s[2 * i + 1], 0x44),
-                      _mm512_shuffle_f32x4(s[2 * i], s[2 * i + 1], 0xee));
-    HB_UNROLL for (int i = 0; i < 4; i++) b[i] =
-        _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
-                      _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
-    v16 c = _mm512_add_ps(_mm512_shuffle_ps(b[0], b[1], 0x44), _mm512_shuffle_ps(b[0], b[1], 0xee));
-    v16 d = _mm512_add_ps(_mm512_shuffle_ps(b[2], b[3], 0x44), _mm512_shuffle_ps(b[2], b[3], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x88), _mm512_shuffle_ps(c, d, 0xdd));
+HB_INLINE float v16_top(v16 a) { /* the largest lane */
+    __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
 HB_INLINE vi16 vi16_zero(void) { return _mm512_setzero_si512(); }
@@ -182,6 +175,12 @@ HB_INLINE float v16_sum(v16 a) {
     c = _mm_add_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
+HB_INLINE float v16_top(v16 a) { /* the largest lane */
+    __m256 b = _mm256_max_ps(a.l, a.h);
+    __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
 
 HB_INLINE vi16 vi16_zero(void) { return HB_VI16(_mm256_setzero_si256(), _mm256_setzero_si256()); }
 HB_INLINE vi16 vi16_set1(int32_t x) { return HB_VI16(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
@@ -282,6 +281,11 @@ HB_INLINE float v16_sum(v16 a) {
     for (int i = 0; i < 4; i++) c[i] = b[i] + b[i + 4];
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
+HB_INLINE float v16_top(v16 a) { /* the largest lane */
+    float top = a.v[0];
+    for (int i = 1; i < 16; i++) top = a.v[i] > top ? a.v[i] : top;
+    return top;
+}
 
 HB_INLINE vi16 vi16_set1(int32_t x) { HB_LANES(vi16, x); }
 HB_INLINE vi16 vi16_zero(void) { return vi16_set1(0); }
@@ -297,15 +301,6 @@ HB_INLINE vi16 vi16_shr(vi16 a, int n) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[
 HB_INLINE v16 v16_from_int(vi16 a) { HB_LANES(v16, (float)a.v[i]); }
 HB_INLINE v16 v16_as_float(vi16 a) { HB_LANES(v16, hb_from_bits((uint32_t)a.v[i])); }
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { HB_LANES(v16, test.v[i] ? a.v[i] : 0.0f); }
-#endif
-
-#if !defined(HB_AVX512) && !defined(HB_NEON)
-HB_OUTLINE v16 v16_sum16(const v16 s[16]) {
-    float r[16];
-    for (int l = 0; l < 4; l++)
-        for (int e = 0; e < 4; e++) r[4 * l + e] = v16_sum(s[4 * e + l]);
-    return v16_load(r);
-}
 #endif
 
 #define HB_NAME(op) HB_CAT(op, HB_ISA)

@@ -95,17 +95,8 @@ HB_INLINE float v16_sum(v16 a) {
     float32x2_t d = vadd_f32(vget_low_f32(c), vget_high_f32(c));
     return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
 }
-/* The last two steps of v16_sum, of two folded vectors at a time and then of four. */
-HB_INLINE float32x4_t hb_halve_2(float32x4_t a, float32x4_t b) {
-    return vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)),
-                     vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
-}
-HB_INLINE float32x4_t hb_sum_4(v16 a, v16 b, v16 c, v16 d) {
-    return vpaddq_f32(hb_halve_2(hb_fold_4(a), hb_fold_4(b)), hb_halve_2(hb_fold_4(c), hb_fold_4(d)));
-}
-HB_INLINE v16 v16_sum16(const v16 s[16]) {
-    return (v16){{hb_sum_4(s[0], s[4], s[8], s[12]), hb_sum_4(s[1], s[5], s[9], s[13]),
-                  hb_sum_4(s[2], s[6], s[10], s[14]), hb_sum_4(s[3], s[7], s[11], s[15])}};
+HB_INLINE float v16_top(v16 a) { /* the largest lane */
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
 }
 
 HB_INLINE vi16 vi16_set1(int32_t x) {

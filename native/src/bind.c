@@ -168,7 +168,7 @@ static const char *bind_op(hb_program *p, hb_bound *b, const hb_weight *weights,
             if (op->code == HB_OP_KV_PUT) return NULL;
             const hb_cache *c = &p->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
             uint32_t share = p->slots[op->in[0]].width / c->k_dim / c->kv_heads;
-            size_t need = align_up(hb_attend_scratch(share, c->v_dim), 64);
+            size_t need = align_up(hb_attend_scratch(share, c->k_dim, c->v_dim), 64);
             p->scratch_bytes = need > p->scratch_bytes ? need : p->scratch_bytes;
             return NULL;
         }
@@ -194,12 +194,13 @@ static void *copy(const void *from, size_t count, size_t size) {
 
 bool hb_program_reserve(hb_program *p, uint32_t tokens) {
     if (tokens <= p->tokens) return true;
-    free(p->strips);
+    free(p->strips), free(p->spans);
     p->strips = NULL, p->tokens = 0;
-    bool ok = true;
+    p->spans = malloc(((size_t)tokens + 1) * sizeof *p->spans);
+    bool ok = p->spans;
     if (p->strip_bytes) {
         const size_t whole = ((size_t)tokens + HB_STRIP - 1) / HB_STRIP * HB_STRIP;
-        ok = !posix_memalign((void **)&p->strips, 64, whole * p->strip_bytes);
+        ok = ok && !posix_memalign((void **)&p->strips, 64, whole * p->strip_bytes);
     }
     for (uint32_t i = 0; i < p->angles_count; i++) {
         free(p->angles[i].table);
@@ -210,11 +211,19 @@ bool hb_program_reserve(hb_program *p, uint32_t tokens) {
     return ok;
 }
 
+float *hb_program_partial(hb_program *p, size_t count) {
+    if (count <= p->partial_size) return p->partial;
+    free(p->partial);
+    p->partial = malloc(count * sizeof(float));
+    p->partial_size = p->partial ? count : 0;
+    return p->partial;
+}
+
 void hb_free(hb_program *p) {
     if (!p) return;
     for (uint32_t i = 0; p->angles && i < p->angles_count; i++) free(p->angles[i].table);
     free(p->ops), free(p->slots), free(p->caches), free(p->angles);
-    free(p->scratch), free(p->strips);
+    free(p->scratch), free(p->strips), free(p->spans), free(p->partial);
     free(p);
 }
 
@@ -231,6 +240,7 @@ static void choose_kernels(hb_program *p) {
     CHOOSE(rope);
     CHOOSE(kv_put);
     CHOOSE(attend);
+    CHOOSE(attend_merge);
 #undef CHOOSE
 }
 

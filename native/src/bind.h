@@ -21,6 +21,7 @@ typedef struct hb_kernels {
     hb_rope_fn *rope;
     hb_kv_put_fn *kv_put;
     hb_attend_fn *attend;
+    hb_attend_merge_fn *attend_merge;
 } hb_kernels;
 
 typedef struct hb_bound {
@@ -56,6 +57,9 @@ struct hb_program {
     char *scratch;
     uint32_t tokens; /* rows that the strips and the angle tables have room for */
     uint8_t *strips; /* quantised activations */
+    uint32_t *spans; /* first rows of the tasks of ATTEND, and the number of rows */
+    float *partial;  /* sums of segments of ATTEND */
+    size_t partial_size;
 };
 
 /* The kernel table. */
@@ -73,5 +77,8 @@ const char *hb_linear_family(uint32_t encoding, int policy);
 
 /* Makes room for a step of `tokens` rows; false when memory is out. */
 bool hb_program_reserve(hb_program *program, uint32_t tokens);
+
+/* Memory for `count` values until the next call; NULL when memory is out. */
+float *hb_program_partial(hb_program *program, size_t count);
 
 #endif

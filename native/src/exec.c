@@ -12,6 +12,7 @@ typedef struct {
     const hb_bound *bound;
     hb_linear linear;
     hb_attend attend;
+    uint32_t span_count;
 } job;
 
 typedef struct {
@@ -45,14 +46,14 @@ static void row_task(void *context, uint32_t t, uint32_t worker) {
         const hb_cache *c = &j->program->caches[op->attr[HB_ATTR_KV_PUT_CACHE]];
         const hb_kv *kv = &j->step->kv[j->step->sessions[t]];
         const uint32_t cache = op->attr[HB_ATTR_KV_PUT_CACHE], size = kv->type == HB_ENC_F32 ? 4 : 2;
-        const size_t position = (size_t)j->step->positions[t];
-        for (int i = 0; i < 2; i++) {
-            view x = slot(j, op->in[i]);
-            const uint32_t dim = i ? c->v_dim : c->k_dim;
-            char *to = i ? kv->v[cache] : kv->k[cache];
-            for (uint32_t h = 0; h < c->kv_heads; h++)
-                k->kv_put(x.p + t * x.stride + (size_t)h * dim, dim, kv->type,
-                          to + ((size_t)h * kv->capacity + position) * dim * size);
+        const uint32_t position = (uint32_t)j->step->positions[t], i = position % HB_PAGE;
+        char *head = kv->pages[(size_t)cache * kv->page_count + position / HB_PAGE];
+        const view keys = slot(j, op->in[0]), values = slot(j, op->in[1]);
+        for (uint32_t h = 0; h < c->kv_heads; h++, head += (size_t)HB_PAGE * (c->k_dim + c->v_dim) * size) {
+            char *to = head + ((size_t)(i / 16) * c->k_dim * 16 + i % 16) * size;
+            k->kv_put(keys.p + t * keys.stride + (size_t)h * c->k_dim, c->k_dim, kv->type, to, 16);
+            to = head + ((size_t)HB_PAGE * c->k_dim + (size_t)i * c->v_dim) * size;
+            k->kv_put(values.p + t * values.stride + (size_t)h * c->v_dim, c->v_dim, kv->type, to, 1);
         }
         return;
     }
@@ -164,26 +165,52 @@ static void run_linear(job *j) {
     hb_pool_run(p->pool, linear_task, j, count, small ? count : share > 32 ? 32 : share);
 }
 
+/* The last row of those that follow row t at consecutive positions of its session, at most `most` rows. */
+static uint32_t span_end(const hb_step *s, uint32_t t, uint32_t most) {
+    uint32_t end = t + 1;
+    while (end < s->rows && end - t < most && s->sessions[end] == s->sessions[t] &&
+           s->positions[end] == s->positions[end - 1] + 1)
+        end++;
+    return end;
+}
+
 static void attend_task(void *context, uint32_t index, uint32_t worker) {
     const job *j = context;
     const hb_attend *a = &j->attend;
     /* the longest rows first, so that the last to finish is short */
-    const uint32_t t = j->step->rows - 1 - index / a->kv_heads;
-    j->program->kernels.attend(a, t, index % a->kv_heads,
+    const uint32_t i = j->span_count - 1 - index / a->kv_heads, t = j->program->spans[i];
+    j->program->kernels.attend(a, t, j->program->spans[i + 1] - t, index % a->kv_heads, HB_ALL_SEGMENTS,
                                j->program->scratch + worker * j->program->scratch_bytes);
 }
 
+static void segment_task(void *context, uint32_t index, uint32_t worker) {
+    const job *j = context;
+    const hb_attend *a = &j->attend;
+    const uint32_t rest = index / a->segments;
+    j->program->kernels.attend(a, rest / a->kv_heads, 1, rest % a->kv_heads, index % a->segments,
+                               j->program->scratch + worker * j->program->scratch_bytes);
+}
+
+static void merge_task(void *context, uint32_t index, uint32_t worker) {
+    const job *j = context;
+    const uint32_t heads = j->attend.kv_heads;
+    j->program->kernels.attend_merge(&j->attend, index / heads, index % heads,
+                                     j->program->scratch + worker * j->program->scratch_bytes);
+}
+
 static void run_attend(job *j) {
+    hb_program *p = j->program;
     const hb_op *op = &j->bound->op;
-    const hb_cache *c = &j->program->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
+    const hb_cache *c = &p->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
     const view q = slot(j, op->in[0]), y = slot(j, op->out[0]);
     const hb_step *s = j->step;
+    const uint32_t width = p->slots[op->in[0]].width;
     j->attend = (hb_attend){.q = q.p,
                             .y = y.p,
                             .ldq = q.stride,
                             .ldy = y.stride,
                             .kv_heads = c->kv_heads,
-                            .share = j->program->slots[op->in[0]].width / c->k_dim / c->kv_heads,
+                            .share = width / c->k_dim / c->kv_heads,
                             .k_dim = c->k_dim,
                             .v_dim = c->v_dim,
                             .window = c->window,
@@ -194,13 +221,32 @@ static void run_attend(job *j) {
                             .sessions = s->sessions,
                             .kv = s->kv};
     uint64_t products = 0;
+    uint32_t pages = 1;
     for (uint32_t t = 0; t < s->rows; t++) {
-        uint64_t length = (uint64_t)s->positions[t] + 1;
-        if (c->window && length > c->window) length = c->window;
-        products += length * j->program->slots[op->in[0]].width;
+        const uint32_t length = (uint32_t)s->positions[t] + 1;
+        products += (uint64_t)(c->window && length > c->window ? c->window : length) * width;
+        if ((length - 1) / HB_PAGE + 1 > pages) pages = (length - 1) / HB_PAGE + 1;
     }
-    const uint32_t count = s->rows * c->kv_heads;
-    hb_pool_run(j->program->pool, attend_task, j, count, products < SMALL_PRODUCTS / 4 ? count : 1);
+    const bool small = products < SMALL_PRODUCTS / 4;
+    const uint32_t segments = (pages + HB_SEGMENT - 1) / HB_SEGMENT,
+                   few = 8 * (uint32_t)hb_pool_threads(p->pool);
+    uint32_t count = s->rows * c->kv_heads;
+    if (segments > 1 && count < few && hb_pool_threads(p->pool) > 1) {
+        j->attend.segments = segments;
+        const size_t each = (size_t)j->attend.share * ((c->v_dim + 15u) / 16u * 16u + 16);
+        j->attend.partial = hb_program_partial(p, count * segments * each);
+    }
+    if (j->attend.partial) { /* too few rows to share out: their segments are */
+        hb_pool_run(p->pool, segment_task, j, count * segments, 1);
+        hb_pool_run(p->pool, merge_task, j, count, count);
+        return;
+    }
+    j->span_count = 0;
+    for (uint32_t t = 0; t < s->rows; t = span_end(s, t, hb_attend_rows(j->attend.share)))
+        p->spans[j->span_count++] = t;
+    p->spans[j->span_count] = s->rows;
+    count = j->span_count * c->kv_heads;
+    hb_pool_run(p->pool, attend_task, j, count, small ? count : 1);
 }
 
 static void angles_task(void *context, uint32_t t, uint32_t worker) {
@@ -226,6 +272,22 @@ static void run_rope(job *j) {
     run_rows(j);
 }
 
+/* Whether the pages that row t writes and sees are there. */
+static bool has_pages(const hb_program *p, const hb_step *s, uint32_t t, bool only_own) {
+    const hb_kv *kv = &s->kv[s->sessions[t]];
+    const uint32_t position = (uint32_t)s->positions[t], last = position / HB_PAGE;
+    if (last >= kv->page_count) return false;
+    for (uint32_t c = 0; c < p->cache_count; c++) {
+        const uint32_t window = p->caches[c].window;
+        const uint32_t first = only_own                          ? last
+                               : window && position + 1 > window ? (position + 1 - window) / HB_PAGE
+                                                                 : 0;
+        for (uint32_t i = first; i <= last; i++)
+            if (!kv->pages[(size_t)c * kv->page_count + i]) return false;
+    }
+    return true;
+}
+
 /* What cannot be known before the step: ids, sessions, positions and picks in range. */
 static int check_step(const hb_program *p, const hb_step *s) {
     uint32_t vocabulary = UINT32_MAX;
@@ -238,8 +300,9 @@ static int check_step(const hb_program *p, const hb_step *s) {
         if (s->ids[t] < 0 || (uint32_t)s->ids[t] >= vocabulary) return HB_ERROR_ID;
         if (p->cache_count) {
             if (s->sessions[t] < 0 || (uint32_t)s->sessions[t] >= s->kv_count) return HB_ERROR_SESSION;
-            if (s->positions[t] < 0 || (uint32_t)s->positions[t] >= s->kv[s->sessions[t]].capacity)
-                return HB_ERROR_POSITION;
+            const bool follows =
+                t && s->sessions[t] == s->sessions[t - 1] && s->positions[t] == s->positions[t - 1] + 1;
+            if (s->positions[t] < 0 || !has_pages(p, s, t, follows)) return HB_ERROR_POSITION;
         }
     }
     for (uint32_t i = 0; i < s->picks; i++)

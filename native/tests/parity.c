@@ -15,7 +15,7 @@
 
 #include "halfbyte.h"
 
-enum { MAX_ROWS = 256, MAX_ITEMS = 64 };
+enum { MAX_ROWS = 256, MAX_ITEMS = 64, PAGE = 64 /* positions of a page of a cache */ };
 
 typedef struct {
     char magic[8];
@@ -119,20 +119,21 @@ static hb_kv *make_caches(const test_case *c) {
     const case_header *h = c->head;
     hb_kv *kv = zeros(h->sessions * sizeof *kv);
     for (uint32_t s = 0; s < h->sessions; s++) {
-        void **k = zeros(h->caches * sizeof *k), **v = zeros(h->caches * sizeof *v);
-        for (uint32_t i = 0; i < h->caches; i++) {
-            const size_t positions = (size_t)c->caches[i].kv_heads * h->capacity * 4;
-            k[i] = zeros(positions * c->caches[i].k_dim), v[i] = zeros(positions * c->caches[i].v_dim);
+        const uint32_t count = h->capacity / PAGE;
+        void **pages = zeros((size_t)h->caches * count * sizeof *pages);
+        for (uint32_t i = 0; i < h->caches * count; i++) {
+            const hb_cache *cache = &c->caches[i / count];
+            pages[i] = zeros((size_t)cache->kv_heads * PAGE * (cache->k_dim + cache->v_dim) * 4);
         }
-        kv[s] = (hb_kv){.k = k, .v = v, .capacity = h->capacity, .type = h->kv_type};
+        kv[s] = (hb_kv){.pages = pages, .page_count = count, .type = h->kv_type};
     }
     return kv;
 }
 
 static void free_caches(const test_case *c, hb_kv *kv) {
     for (uint32_t s = 0; s < c->head->sessions; s++) {
-        for (uint32_t i = 0; i < c->head->caches; i++) free(kv[s].k[i]), free(kv[s].v[i]);
-        free((void *)kv[s].k), free((void *)kv[s].v);
+        for (uint32_t i = 0; i < c->head->caches * kv[s].page_count; i++) free(kv[s].pages[i]);
+        free((void *)kv[s].pages);
     }
     free(kv);
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import weakref
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.backends.backend import Backend, Step
-from halfbyte.runtime.kv import KV
 
 _ROOT = Path(__file__).resolve().parents[2]  # the package: the repository, or site-packages/halfbyte
 _LIBRARY = "libhalfbyte.dylib" if sys.platform == "darwin" else "libhalfbyte.so"
@@ -146,9 +144,6 @@ class Native(Backend):
         self._step = ffi.new("hb_step *")
         self._slot_base = ffi.new("float *[]", max(1, len(f.slots)))
         self._slots_of: object = None
-        self._tables: weakref.WeakKeyDictionary[KV, tuple[list[np.ndarray], Any, Any]] = (
-            weakref.WeakKeyDictionary()
-        )
 
     def _point_at_arena(self) -> None:
         if self._slots_of is not self.arena:
@@ -156,20 +151,6 @@ class Native(Backend):
                 if int(s["base"]) == i:
                     self._slot_base[i] = self._ffi.cast("float *", self.arena.base(i).ctypes.data)
             self._slots_of = self.arena
-
-    def _kv_table(self, kv: KV) -> tuple[Any, Any]:
-        """Pointers to a session's caches, kept until one of its arrays is replaced."""
-        arrays = [*kv.k, *kv.v]
-        known = self._tables.get(kv)
-        if known is None or len(known[0]) != len(arrays) or any(a is not b for a, b in zip(known[0], arrays)):
-            k, v = (
-                self._ffi.new(
-                    "void *[]", [self._ffi.cast("void *", a.ctypes.data) for a in side] or [self._ffi.NULL]
-                )
-                for side in (kv.k, kv.v)
-            )
-            known = self._tables[kv] = (arrays, k, v)
-        return known[1], known[2]
 
     def run_range(self, step: Step, first: int, last: int) -> None:
         """One call of the library. Raises UsageError for an id, session, position or pick out of range."""
@@ -182,8 +163,8 @@ class Native(Backend):
         s.rows, s.picks, s.slot_base = step.rows, len(step.picks), self._slot_base
         table = ffi.new("hb_kv[]", max(1, len(step.kvs)))
         for row, kv in zip(table, step.kvs):
-            row.k, row.v = self._kv_table(kv)
-            row.capacity, row.type = kv.capacity, BY_NAME[kv.mode].code
+            row.pages = ffi.cast("void **", kv.table.ctypes.data)
+            row.page_count, row.type = kv.table.shape[1], BY_NAME[kv.mode].code
         s.kv, s.kv_count = table, len(step.kvs)
         status = self._lib.hb_run(self._program, s, first, last)
         if status == self._lib.HB_ERROR_MEMORY:

@@ -225,10 +225,8 @@ class Reference(Backend):
         """cache[session[t], position[t]] = k[t], v[t]"""
         for t in range(step.rows):
             kv, position = step.kvs[step.sessions[t]], step.positions[t]
-            heads = len(kv.k[cache])
-            with np.errstate(over="ignore"):
-                kv.k[cache][:, position] = k[t].reshape(heads, -1)
-                kv.v[cache][:, position] = v[t].reshape(heads, -1)
+            heads = int(self.file.caches[cache]["kv_heads"])
+            kv.put(cache, int(position), k[t].reshape(heads, 1, -1), v[t].reshape(heads, 1, -1))
 
     def attend(self, step: Step, q: np.ndarray, cache: int, scale: float, softcap: float) -> np.ndarray:
         """softmax(cap(scale * q @ K^T)) @ V, in float64 per row, over the row's window."""
@@ -236,7 +234,7 @@ class Reference(Backend):
         for t in range(step.rows):
             kv, end = step.kvs[step.sessions[t]], int(step.positions[t]) + 1
             start = max(0, end - window) if window else 0
-            k, v = (a[cache][:, start:end].astype(np.float64) for a in (kv.k, kv.v))
+            k, v = (a.astype(np.float64) for a in kv.read(cache, start, end))
             heads = q[t].astype(np.float64).reshape(len(k), -1, k.shape[2])  # [kv_heads, share, k_dim]
             scores = scale * (heads @ k.transpose(0, 2, 1))
             if softcap:

@@ -159,14 +159,9 @@ class Bound:
                 base[i] = ffi.cast("float *", arena.base(i).ctypes.data)
         for name, a in arrays.items():
             setattr(step, name, ffi.cast("int32_t *", a.ctypes.data))
-        table, keep = ffi.new("hb_kv[]", max(1, len(kvs))), []
+        table = ffi.new("hb_kv[]", max(1, len(kvs)))
         for row, kv in zip(table, kvs):
-            pointers = [
-                ffi.new("void *[]", [ffi.cast("void *", a.ctypes.data) for a in side])
-                for side in (kv.k, kv.v)
-            ]
-            keep.append(pointers)
-            row.k, row.v, row.capacity = *pointers, kv.capacity
+            row.pages, row.page_count = ffi.cast("void **", kv.table.ctypes.data), kv.table.shape[1]
             row.type = encodings.BY_NAME[kv.mode].code
         step.rows, step.picks, step.slot_base, step.kv, step.kv_count = rows, n_picks, base, table, len(kvs)
         assert self.lib.hb_run(self.handle, step, 0, len(self.records)) == status
