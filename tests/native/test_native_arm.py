@@ -63,7 +63,7 @@ class Vectors:
         b = self.rig.Bound(records, slots, weights, caches, policy=policy)
         kvs = [KV(b.caches, kv_mode)] if caches else []
         for kv in kvs:
-            kv.reserve(rows)
+            kv.reserve(rows if positions is None else max(positions) + 1)
         got = b.run(inputs, out, rows, ids=ids, positions=positions, picks=picks, kvs=kvs)
         assert np.abs(got - want).max() <= bound, name
         picks = [rows - 1] if picks is None else picks
@@ -238,6 +238,26 @@ def attend_cases(v: Vectors, rng) -> None:
         )  # fmt: skip
 
 
+def far_case(v: Vectors, rng) -> None:
+    """A few rows far apart, so that segments of the context are summed apart and merged."""
+    shape, heads, positions = (2, 16, 24, 0), 6, [5, 700, 1500, 2999]
+    widths, rows = (heads * 16, 2 * 16, 2 * 24), len(positions)
+    x = {i: rng.standard_normal((rows, w)).astype(np.float32) for i, w in enumerate(widths)}
+    kv, ref = KV(np.array([shape], program.CACHE_DTYPE), "f16"), law(caches=[shape])
+    kv.reserve(positions[-1] + 1)
+    step = step_of(rows, positions, kvs=[kv])
+    ref.kv_put(step, x[1], x[2], 0)
+    want = ref.attend(step, x[0], 0, 0.3, 0.0)
+    recs = [
+        program.record("kv_put", ins=[1, 2], cache=0),
+        program.record("attend", out=[3], ins=[0], cache=0, scale=0.3, softcap=0.0),
+    ]
+    v.case(
+        "attend far", recs, [*widths, heads * 24], x, 3, rows, want, 3e-6 * np.abs(x[2]).max(), caches=[shape],
+        kv_mode="f16", positions=positions,
+    )  # fmt: skip
+
+
 def layer_case(v: Vectors, rng) -> None:
     """From ids to logits through one layer; policy f32, where an error of the rope stays small."""
     dim, head, vocab, rows = 48, 16, 50, 21
@@ -284,6 +304,7 @@ def vectors(rig, tmp_path_factory) -> Path:
     linear_cases(v, rng)
     row_cases(v, rng)
     attend_cases(v, rng)
+    far_case(v, rng)
     layer_case(v, rng)
     v.data[:16] = struct.pack("<8s2I", b"HBPARITY", 1, v.cases)
     path = tmp_path_factory.mktemp("parity") / "vectors.bin"

@@ -191,6 +191,28 @@ def test_half_conversion_rounds_to_nearest_even(rig):
             assert np.array_equal(stored[0, 0].view(np.uint16), want[:256].view(np.uint16)), isa
 
 
+@pytest.mark.parametrize(("shape", "heads"), [((2, 32, 32, 0), 6), ((1, 24, 40, 1300), 4), ((4, 16, 16, 0), 4)])
+def test_long_contexts_by_segments(rig, shape, heads):
+    rows = 2200  # three segments of 1024 positions
+    x = kv_inputs(shape, heads, rows)
+    kv, ref = KV(np.array([shape], program.CACHE_DTYPE), "f16"), law(caches=[shape])
+    kv.reserve(rows)
+    step = step_of(rows, kvs=[kv])
+    ref.kv_put(step, x[1], x[2], 0)
+    for last in ([rows - 1], [1023], [1024], [2047, 2048]):
+        cut = {i: v[last] for i, v in x.items()}
+        want = ref.attend(step_of(len(last), positions=last, kvs=[kv]), cut[0], 0, 0.3, 0.0)
+        results = [
+            kv_program(rig, shape, heads, isa, threads).run(cut, 3, len(last), positions=last, kvs=[kv])
+            for isa in rig.usable()
+            for threads in (1, 2, 5)
+        ]
+        assert np.abs(results[0] - want).max() <= 3e-6 * np.abs(x[2]).max()
+        assert all(np.array_equal(r, results[0]) for r in results)
+    whole = kv_program(rig, shape, heads, threads=2).run(x, 3, rows, kvs=[kv])
+    assert np.array_equal(whole[last], results[0])
+
+
 @pytest.mark.parametrize("mode", ["f32", "f16"])
 def test_attention_of_a_row_does_not_depend_on_its_company(rig, mode):
     shape, heads, rows = (2, 48, 48, 100), 6, 200
