@@ -22,12 +22,14 @@ from halfbyte.runtime.backends import native
 
 # One encoding (group, scale type) to stand for each family of the table.
 FAMILIES = {
-    "q8": [("q8", 32, "f16")],
-    "q4": [("q4", 32, "")],
-    "affine8": [("i8", 0, "f32"), ("i8", 16, "f16"), ("a8", 32, "f16"), ("z8", 128, "f16")],
-    "affine4": [("i4", 32, "f16"), ("a4", 32, "f16"), ("z4", 128, "f16")],
+    "bits8": [("q8", 32, "f16"), ("i8", 0, "f32"), ("i8", 16, "f16"), ("a8", 32, "f16"), ("z8", 128, "f16")],
+    "bits6": [("q6", 32, ""), ("i6", 16, "k256")],
+    "bits5": [("q5", 32, ""), ("a5", 32, "k256")],
+    "bits4": [("q4", 32, ""), ("i4", 32, "f16"), ("a4", 32, "k256"), ("z4", 128, "f16"), ("n4", 32, "k256")],
+    "bits3": [("q3", 32, ""), ("i3", 16, "k256")],
+    "bits2": [("q2", 32, ""), ("i2", 64, "f16"), ("a2", 16, "k256")],
     "float": [("f32", 0, ""), ("f16", 0, ""), ("bf16", 0, "")],
-    "dequantised": [("q4", 32, "")],
+    "dequantised": [("q4", 32, ""), ("f8e4m3", 0, "f32")],
 }
 CACHE_BYTES = 256 << 20  # more than any cache here
 
@@ -68,12 +70,12 @@ class Bench:
         for p in tiles.planes(encoding, rows, cols, group, scale_type):  # random codes, scales of one
             for c in range(self.copies):
                 part = self.data[c * stride + p.offset :][: p.nbytes]
-                if p.name in ("codes", "zeros"):
+                if p.name in ("codes", "high", "zeros"):
                     part[:] = np.resize(
                         np.random.default_rng(c).integers(0, 256, 1 << 16, np.uint8), p.nbytes
                     )
                 elif p.dtype.itemsize > 1:
-                    name = e.name if e.is_float else scale_type
+                    name = e.name if e.is_float else "f16" if scale_type == encodings.K256 else scale_type
                     part.view(p.dtype)[:] = encodings.float_to_bits(np.ones(1, np.float32), name)
                 else:
                     part[:] = 200
@@ -82,7 +84,7 @@ class Bench:
         for i, w in enumerate(weights):
             w.data, w.nbytes, w.encoding, w.tile = base + i * stride, self.nbytes, e.code, tiles.P16
             w.rows, w.cols, w.group = rows, cols, group
-            w.scale_type = encodings.BY_NAME[scale_type].code if scale_type else 0
+            w.scale_type = encodings.SCALE_TYPES[scale_type]
         self.records = np.array(
             [program.record("linear", out=[1], ins=[0], weights=[i]) for i in range(self.copies)],
             program.OP_DTYPE,

@@ -22,10 +22,16 @@ from halfbyte.formats import encodings
 # name, bits a weight, what it is compared with, its NMSE on Gaussian and on t5 data (None: not known)
 ROWS: tuple[tuple[str, float, str, float | None, float | None], ...] = (
     ("q8", 8.5, "int8 absmax g32", 2.9e-5, 4.6e-5),
+    ("q2", 2.25, "IQ2_KS", 0.098, 0.13),
+    ("q2", 2.25, "Q2_K (2.625 bits)", 0.0689, 0.080),
+    ("q3", 3.25, "IQ3_KS", 0.0222, 0.029),
+    ("q3", 3.25, "Q3_K (3.44 bits)", 0.0207, 0.028),
     ("q4", 4.25, "IQ4_KS (f32 row scale)", 0.00507, 0.0068),
     ("q4", 4.25, "Q4_K (4.5 bits)", 0.00507, 0.0068),
     ("q4", 4.25, "IQ4_XS", 0.00560, 0.0076),
     ("q4", 4.25, "MXFP4", 0.0132, 0.0158),
+    ("q5", 5.25, "-", None, None),
+    ("q6", 6.25, "Q6_K (6.56 bits)", 0.00030, 0.00044),
     ("i8", 8.5, "int8 absmax g32", 2.9e-5, 4.6e-5),
     ("i4", 4.5, "Q4_0 (max/-8)", 0.00739, 0.0116),
     ("a8", 9.0, "-", None, None),
@@ -40,8 +46,11 @@ def round_trip(method: str, encoding: str) -> tuple[Callable, Callable]:
     module = quantizers.load(method)
     if encoding == "q8":
         return module.quantize_q8, lambda parts: module.dequantize_q8(*parts)
-    if encoding == "q4":
-        return module.quantize_q4, lambda parts: module.dequantize_q4(*parts)
+    if encodings.BY_NAME[encoding].row_scale:
+        return (
+            lambda w: module.quantize_table(w, encoding),
+            lambda parts: encodings.dequantize(encoding, parts[0], parts[1], 32, row=parts[2]),
+        )
 
     def decode(parts):
         codes, scales, mins, zeros = parts

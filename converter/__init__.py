@@ -117,14 +117,19 @@ def _check_context(b: Builder, context: int | None) -> None:
 
 def _check_program(b: Builder) -> None:
     """What the reader would refuse is found before anything is written."""
+    import numpy as np
+
+    from halfbyte.converter.builder import Matrix, Vector
     from halfbyte.formats import program, tiles
 
-    tensors = [
-        program.TensorShape(
-            t.name, tiles.P16 if len(t.shape) == 2 else tiles.ROWS, t.shape, len(t.shape) == 1
-        )
-        for t in b.tensors
-    ]
+    def shape(t: Matrix | Vector) -> program.TensorShape:
+        if isinstance(t, Matrix):
+            return program.TensorShape(t.name, tiles.P16, t.shape, False)
+        is_index = t.values.dtype == np.uint32
+        reach = int(t.values.max()) + 1 if is_index else 0
+        return program.TensorShape(t.name, tiles.ROWS, t.shape, not is_index, reach)
+
+    tensors = [shape(t) for t in b.tensors]
     try:
         program.verify(*b.finish(), tensors, b.vocab)
     except FormatError as error:

@@ -35,7 +35,7 @@ def assemble(
     """
     records, slots, caches = b.finish()
     specs = [
-        TensorSpec(t.name, "f32", t.shape)
+        TensorSpec(t.name, "u32" if t.values.dtype == np.uint32 else "f32", t.shape)
         if isinstance(t, Vector)
         else TensorSpec(t.name, t.storage.encoding, t.shape, t.storage.group, t.storage.scale_type)
         for t in b.tensors
@@ -87,14 +87,18 @@ def _encode(parts: list[np.ndarray | Packed], t: Matrix) -> dict[str, np.ndarray
     """Packed planes of a block of rows."""
     e = encodings.BY_NAME[t.storage.encoding]
     if t.storage.packed:
-        packed = [p for p in parts if isinstance(p, Packed)]
-        out = {"codes": tiles.pack_codes(np.concatenate([p.codes for p in packed]), e.bits)}
-        for plane in ("scales", "mins", "zeros"):
-            values = [getattr(p, plane) for p in packed]
-            if values[0] is not None:
-                stacked = np.concatenate(values)
+        packed = [p.planes() for p in parts if isinstance(p, Packed)]
+        out: dict[str, np.ndarray] = {}
+        for plane in packed[0]:
+            stacked = np.concatenate([p[plane] for p in packed])
+            if plane == "codes":
+                if not e.is_integer:  # 8-bit floats have codes for NaN and infinity
+                    _check_finite(np.asarray(e.levels, np.float32)[stacked], t)
+                out |= tiles.pack_code_planes(stacked, e.bits)
+            else:
                 _check_finite(stacked, t)
-                out[plane] = tiles.pack_groups(stacked)
+                is_bfloat = stacked.dtype.name == "bfloat16"
+                out[plane] = tiles.pack_groups(stacked.view(np.uint16) if is_bfloat else stacked)
         return out
     w = np.concatenate([p.dequantize() if isinstance(p, Packed) else p.astype(np.float32) for p in parts])
     _check_finite(w, t)
@@ -110,12 +114,9 @@ def _encode(parts: list[np.ndarray | Packed], t: Matrix) -> dict[str, np.ndarray
     if e.name == "q8":
         codes, scales = rtn.quantize_q8(w)
         return {"codes": tiles.pack_codes(codes, 8), "scales": tiles.pack_groups(scales)}
-    codes, sub, row = rtn.quantize_q4(w)
-    return {
-        "codes": tiles.pack_codes(codes, 4),
-        "scales": tiles.pack_groups(sub),
-        "row": tiles.pack_groups(row[:, None]),
-    }
+    codes, sub, row = rtn.quantize_table(w, e.name)
+    planes = tiles.pack_code_planes(codes, e.bits)
+    return {**planes, "scales": tiles.pack_groups(sub), "row": tiles.pack_groups(row[:, None])}
 
 
 def _check_finite(values: np.ndarray, t: Matrix) -> None:

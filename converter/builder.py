@@ -17,7 +17,7 @@ from halfbyte.converter.config import Config
 from halfbyte.converter.recipe import Recipe, Storage
 from halfbyte.converter.rope import Rope
 from halfbyte.formats import program
-from halfbyte.formats.encodings import group_is_valid
+from halfbyte.formats.encodings import BY_NAME, parameters_are_valid
 from halfbyte.formats.errors import CheckpointError
 from halfbyte.formats.ops import FUNCTIONS
 
@@ -49,7 +49,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Vector:
-    """A small float32 tensor of the file."""
+    """A small tensor of the file: float32, or uint32 column numbers."""
 
     name: str
     values: np.ndarray
@@ -91,6 +91,7 @@ class Builder:
         self._roots: list[tuple[int, int]] = []  # (width, row kind)
         self._records: list[_Pending] = []
         self._storages: dict[str, Storage] = {}
+        self._orders: dict[str, bytes | None] = {}
 
     # ---- values ---------------------------------------------------------------------------------
 
@@ -117,18 +118,32 @@ class Builder:
         return tuple(self.checkpoint.shape(name))
 
     def _storage(self, name: str) -> Storage:
+        self._shape(name)
         if name not in self._storages:
             dtype, group, scale_type = self.checkpoint.dtype(name), 0, ""
             if dtype not in ("f32", "f16", "bf16", "f64"):
                 first = self.checkpoint.read_rows(name, 0, 1)
                 assert isinstance(first, Packed)
-                if not group_is_valid(first.group) and self.recipe.name == "keep":
+                group, scale_type = first.group, first.scale_type
+                valid = parameters_are_valid(BY_NAME[dtype], group, scale_type)
+                if not valid and self.recipe.name == "keep":
                     raise CheckpointError(
-                        f"tensor {name} has groups of {first.group} columns; choose --recipe q8"
+                        f"tensor {name} has groups of {group} columns, which {dtype} cannot have;"
+                        " choose --recipe q8"
                     )
-                group, scale_type = first.group, "f16" if first.scales.dtype == np.float16 else "f32"
             self._storages[name] = self.recipe.storage(dtype, group, scale_type)
         return self._storages[name]
+
+    def _input_order(self, name: str) -> bytes | None:
+        """Input columns in the order in which a matrix is stored, as uint32; None if as they are."""
+        if name not in self._orders:
+            order = self.checkpoint.input_order(name)
+            self._orders[name] = None if order is None else order.astype(np.uint32).tobytes()
+        return self._orders[name]
+
+    def _layout(self, name: str) -> tuple[Storage, bytes | None]:
+        """Matrices alike in this can be one matrix."""
+        return self._storage(name), self._input_order(name)
 
     def _matrix(self, sources: Sequence[str], rows: int | None, cols: int, label: str) -> int:
         total = 0
@@ -147,11 +162,12 @@ class Builder:
         return self._index[key]
 
     def vector(self, label: str, values: np.ndarray) -> int:
-        """A float32 vector of the file; equal ones are stored once."""
-        values = np.ascontiguousarray(values, np.float32)
+        """A float32 (or uint32) vector of the file; equal ones are stored once."""
+        if values.dtype != np.uint32:
+            values = np.ascontiguousarray(values, np.float32)
         if not np.isfinite(values).all():
             raise CheckpointError(f"tensor {label} holds values that are not finite")
-        key = values.tobytes()
+        key = (values.dtype.str, values.tobytes())
         if key not in self._index:
             self._index[key] = len(self.tensors)
             self.tensors.append(Vector(label, values))
@@ -194,32 +210,39 @@ class Builder:
     def linear(
         self, x: Slot, names: Sequence[str], rows: Sequence[int], label: str, bias: bool = False
     ) -> Slot:
-        """x times the matrices `names` stacked by rows, of `rows[i]` rows each; merged where they share a storage.
+        """x times the matrices `names` stacked by rows, of `rows[i]` rows each; merged where they are stored alike.
 
-        bias adds `<prefix>.bias` for each `<prefix>.weight`.
+        bias adds `<prefix>.bias` for each `<prefix>.weight`. Where columns are stored in an order of their own,
+        x is gathered into it first, once for all matrices that share it.
         """
         y = self.slot(sum(rows), x.rows)
+        gathered: dict[bytes | None, Slot] = {None: x}
         i = offset = 0
         while i < len(names):
             j = i + 1
-            while j < len(names) and self._storage_or_missing(names[j]) == self._storage_or_missing(names[i]):
+            storage, order = self._layout(names[i])
+            while j < len(names) and self._layout(names[j]) == (storage, order):
                 j += 1
             part, width = names[i:j], sum(rows[i:j])
             own = label if len(part) == len(names) else self.label(part[0])
             m = self._matrix(part, width, x.width, own)
+            if order not in gathered:
+                gathered[order] = self.gather(x, np.frombuffer(order or b"", np.uint32), own + ".order")
             b = None
             if bias:
                 values = [
                     self.read_vector(n.removesuffix("weight") + "bias", r) for n, r in zip(part, rows[i:j])
                 ]
                 b = self.vector(own + ".bias", np.concatenate(values))
-            self._emit("linear", [y.view(offset, width)], [x], [m, b])
+            self._emit("linear", [y.view(offset, width)], [gathered[order]], [m, b])
             i, offset = j, offset + width
         return y
 
-    def _storage_or_missing(self, name: str) -> Storage:
-        self._shape(name)
-        return self._storage(name)
+    def gather(self, x: Slot, columns: np.ndarray, label: str) -> Slot:
+        """Columns `columns` (uint32) of x, in that order."""
+        y = self.slot(len(columns), x.rows)
+        self._emit("gather", [y], [x], [self.vector(label, columns)])
+        return y
 
     def add(self, a: Slot, b: Slot, scale: float = 1.0) -> Slot:
         """a + scale * b, in place of a."""

@@ -1,15 +1,15 @@
 """Recipes: which encoding each matrix gets.
 
 `keep` stores codes that arrived quantised as they are and floats in their own type; the others name
-the encoding of every matrix, except that codes already at most as wide are kept rather than rounded
-a second time.
+the encoding of every matrix, except that integer codes already at most as wide are kept rather than
+rounded a second time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from halfbyte.formats.encodings import BY_NAME, group_is_valid
+from halfbyte.formats.encodings import BY_NAME, parameters_are_valid
 from halfbyte.formats.errors import UsageError
 
 RECIPES = {
@@ -17,7 +17,11 @@ RECIPES = {
     "f16": "IEEE half precision",
     "bf16": "bfloat16",
     "q8": "int8, groups of 32: 8.5 bits",
+    "q6": "6-bit levels, groups of 32: 6.25 bits",
+    "q5": "5-bit non-linear levels, groups of 32: 5.25 bits",
     "q4": "4-bit non-linear levels, groups of 32: 4.25 bits",
+    "q3": "3-bit non-linear levels, groups of 32: 3.25 bits",
+    "q2": "2-bit non-linear levels, groups of 32: 2.25 bits",
     "keep": "codes and floats as they arrived",
 }
 
@@ -48,8 +52,8 @@ class Recipe:
         if self.name == "keep":
             return kept
         target = BY_NAME[self.name]
-        fits = not target.is_float and source.bits <= target.bits and group_is_valid(group)
-        return kept if fits else Storage(self.name)
+        narrow = source.is_integer and not target.is_float and source.bits <= target.bits
+        return kept if narrow and parameters_are_valid(source, group, scale_type) else Storage(self.name)
 
 
 def recipe(name: str) -> Recipe:

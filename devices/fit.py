@@ -98,10 +98,10 @@ def of_file(file: File) -> Load:
             tensor = file.tensors[first]
             macs = math.prod(tensor.shape)
             multiplied.add(first)
-            if BY_NAME[tensor.encoding].is_float:
-                f32 += macs
-            else:
+            if BY_NAME[tensor.encoding].is_integer:
                 int8 += macs
+            else:
+                f32 += macs
             if int(file.slots[int(r["out"][0])]["rows"]) != PICKS:
                 prefill += macs
         elif code == attend:

@@ -22,16 +22,17 @@ from . import metadata, program, tiles
 from .encodings import (
     BY_CODE,
     BY_NAME,
-    FLOAT_BYTES,
+    SCALE_NAMES,
     bits_to_float,
-    dequantize,
-    group_is_valid,
+    decode,
+    parameters_are_valid,
     stored_dtype,
+    weights,
 )
 from .errors import FormatError
 
 MAGIC = b"\x89hb\r\n\x1a\n\0"  # as PNG's: finds text-mode mangling and 7-bit transfers
-VERSION = (1, 0)
+VERSION = (1, 1)
 SECTION_ALIGNMENT = 64
 DATA_ALIGNMENT = 1 << 14  # a page on every machine, so that DATA can be mapped alone
 MUST_UNDERSTAND = 1
@@ -96,20 +97,12 @@ class Tensor:
         rows, cols = self.shape
         return tiles.planes(self.encoding, rows, cols, self.group, self.scale_type)
 
-    @property
-    def program_shape(self) -> program.TensorShape:
-        """The view that `program.verify` takes."""
-        return program.TensorShape(self.name, self.tile, self.shape, self.encoding == "f32")
-
 
 def tensor_bytes(encoding: str, tile: int, shape: tuple[int, ...], group: int, scale_type: str) -> int:
     """Stored bytes of a tensor."""
     if tile == tiles.P16:
         return tiles.nbytes(encoding, shape[0], shape[1], group, scale_type)
-    count = 1
-    for d in shape:
-        count *= d
-    return count * FLOAT_BYTES[encoding]
+    return shape[0] * stored_dtype(encoding).itemsize
 
 
 def sha256(*parts: bytes | memoryview) -> bytes:
@@ -197,7 +190,7 @@ class File:
         metadata.check_keys(self.metadata)
         vocab = self.metadata["model.vocab_size"]
         assert isinstance(vocab, int)
-        program.verify(self.program, self.slots, self.caches, [t.program_shape for t in self.tensors], vocab)
+        program.verify(self.program, self.slots, self.caches, self.program_shapes, vocab)
 
     def _read_section(self, s: np.void, end: int) -> int:
         letters = bytes(s["kind"])
@@ -273,22 +266,15 @@ class File:
         if e is None:
             raise _bad(f"tensor {name}: unknown encoding {int(r['encoding'])}; a newer halfbyte may know it")
         tile, group = int(r["tile"]), int(r["group"])
-        if (tile, rank) not in ((tiles.P16, 2), (tiles.ROWS, 1)) or (tile == tiles.ROWS and not e.is_float):
+        combined = (tile, rank) == ((tiles.ROWS, 1) if e.kind == "index" else (tiles.P16, 2))
+        if not combined and not (e.is_float and (tile, rank) == (tiles.ROWS, 1)):
             raise _bad(f"tensor {name}: tile {tile} with rank {rank} is not known for {e.name}")
         shape = tuple(int(d) for d in r["shape"][:rank])
         if not all(0 < d <= MAX_DIMENSION for d in shape) or any(r["shape"][rank:]):
             raise _bad(f"tensor {name}: shape {shape} is out of range")
-        scale = BY_CODE.get(int(r["scale_type"]))
-        scale_type = scale.name if scale else ""
-        if e.scale == "*":
-            ok = (
-                scale_type in FLOAT_BYTES
-                and group_is_valid(group)
-                and group <= tiles.align(shape[-1], tiles.COLUMN_PAD)
-            )
-        else:
-            ok = group == (e.group or 0) and scale_type == ("f16" if e.scale == "f16" else "")
-        if not ok or (scale is None and int(r["scale_type"])):
+        scale_type = SCALE_NAMES.get(int(r["scale_type"]), "unknown")
+        wide = e.scale == "*" and group > tiles.align(shape[-1], tiles.COLUMN_PAD)
+        if wide or not parameters_are_valid(e, group, scale_type):
             given = f"group {group} or scale type {int(r['scale_type'])}"
             raise _bad(f"tensor {name}: {given} is not allowed for {e.name}")
         if int(r["zero"]) or r["zero2"].tobytes() != bytes(32):
@@ -359,19 +345,34 @@ class File:
             if progress:
                 progress(t.nbytes)
 
+    @cached_property
+    def program_shapes(self) -> list[program.TensorShape]:
+        """The view of the tensors that `program.verify` takes; index vectors are read for their reach."""
+        return [
+            program.TensorShape(
+                t.name, t.tile, t.shape, t.encoding == "f32",
+                int(self.vector(t).max()) + 1 if t.encoding == "u32" else 0,
+            )
+            for t in self.tensors
+        ]  # fmt: skip
+
     def explain(self) -> list[dict[str, object]]:
         """The program in words; see `program.explain`."""
-        return program.explain(self.program, self.slots, self.caches, [t.program_shape for t in self.tensors])
+        return program.explain(self.program, self.slots, self.caches, self.program_shapes)
 
     def codes(self, tensor: Tensor) -> dict[str, np.ndarray]:
-        """Codes [rows, cols] and scales, mins, zeros [rows, groups], row [rows] of a code matrix."""
+        """Codes [rows, cols] and, as stored, the planes of scales of a code matrix, by the plane's name.
+
+        scales, mins, zeros are [rows, groups]; super, supermin [rows, ceil(cols / 256)]; row [rows].
+        """
         rows, cols = tensor.shape
         e = BY_NAME[tensor.encoding]
-        out = {}
-        for name, a in self.plane_arrays(tensor).items():
-            if name == "codes":
-                out[name] = tiles.unpack_codes(a, e.bits, rows, cols, e.signed)
-            elif name == "row":
+        planes = self.plane_arrays(tensor)
+        out = {"codes": tiles.unpack_code_planes(planes, e.bits, rows, cols, e.signed)}
+        for name, a in planes.items():
+            if name in ("codes", "high"):
+                continue
+            if name == "row":
                 out[name] = tiles.unpack_groups(a, rows, 1)[:, 0]
             else:
                 out[name] = tiles.unpack_groups(a, rows, len(a) // tiles.align(rows, tiles.PANEL))
@@ -381,16 +382,8 @@ class File:
         """Any tensor as float32 in its logical shape."""
         if tensor.tile == tiles.ROWS:
             return bits_to_float(self.vector(tensor), tensor.encoding)
-        e = BY_NAME[tensor.encoding]
-        if e.is_float:
+        if BY_NAME[tensor.encoding].is_float:
             values = self.plane_arrays(tensor)["values"]
             return bits_to_float(tiles.unpack_groups(values, *tensor.shape), tensor.encoding)
-        c = self.codes(tensor)
-        scales = c["scales"]
-        if not e.row_scale:
-            scales = bits_to_float(scales, tensor.scale_type)
-            if "mins" in c:
-                c["mins"] = bits_to_float(c["mins"], tensor.scale_type)
-        return dequantize(
-            e.name, c["codes"], scales, tensor.group, c.get("mins"), c.get("zeros"), c.get("row")
-        )
+        parts = decode(tensor.encoding, self.codes(tensor), tensor.group, tensor.scale_type)
+        return weights(*parts, tensor.group)

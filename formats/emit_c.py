@@ -6,6 +6,7 @@ The header is committed so that a C program needs no Python, and a test proves i
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,65 @@ def _enum(prefix: str, rows: list[tuple[str, int, str]]) -> str:
     return f"enum {{\n{body}\n}};\n"
 
 
+def _braces(values: Iterable[object]) -> str:
+    return "{" + ", ".join(map(str, values)) + "}"
+
+
+# Numbers of the words that describe an encoding; see `encodings.Encoding`.
+KINDS = ("float", "codes", "float8", "index")
+SCALINGS = ("", "f16", "sub7", "*")
+OFFSETS = ("", "min", "zero")
+MAX_LEVELS = 64
+
+
+def _encoding(e: encodings.Encoding) -> str:
+    """A row of HB_ENCODING_TABLE, in the order of struct hb_encoding."""
+    low, high = tiles.CODE_BITS[e.bits] if e.has_codes else (0, 0)
+    levels = [int(v) for v in e.levels] if e.levels and e.is_integer else []
+    assert len(levels) <= MAX_LEVELS
+    row = (e.code, e.bits, KINDS.index(e.kind), low, high, int(e.signed), e.group or 0,
+           SCALINGS.index(e.scale), OFFSETS.index(e.offset), e.shift, len(levels))  # fmt: skip
+    return _braces([*row, _braces(levels or [0])])
+
+
+def _encodings() -> str:
+    """The encoding table as C: one macro a line, so that cffi can skip them."""
+    lines = [f"#define HB_MAX_LEVELS {MAX_LEVELS}"]
+    for e in encodings.ENCODINGS:
+        if e.kind == "float8":
+            half = np.asarray(e.levels, np.float16).view(np.uint16)
+            lines.append(f"#define HB_{e.name.upper()}_F16 {_braces(hex(v) for v in half)}")
+        elif e.levels:
+            lines.append(f"#define HB_{e.name.upper()}_LEVELS {_braces(e.levels)}")
+        if e.row_scale:
+            lines.append(f"#define HB_{e.name.upper()}_SHIFT {e.shift}")
+    lines.append(f"#define HB_ENCODING_TABLE {_braces(map(_encoding, encodings.ENCODINGS))}")
+    return "\n".join(lines) + "\n"
+
+
+ENCODING_STRUCT = """\
+/* A row of HB_ENCODING_TABLE (`static const hb_encoding table[] = HB_ENCODING_TABLE;`). Codes have low_bits in plane
+   `codes` and high_bits in plane `high`; without levels the code is the level. HB_<name>_F16 are the values of 8-bit
+   floats, as binary16. */
+typedef struct hb_encoding {
+    uint16_t number;
+    uint8_t bits;
+    uint8_t kind;
+    uint8_t low_bits;
+    uint8_t high_bits;
+    uint8_t is_signed;
+    uint8_t group;
+    uint8_t scaling;
+    uint8_t offset;
+    uint8_t shift;
+    uint8_t level_count;
+    int8_t levels[64];
+} hb_encoding;
+"""
+
+
 def header() -> str:
     """The whole text of halfbyte_ops.h."""
-    levels = ", ".join(str(v) for v in encodings.Q4_LEVELS)
     attrs = [
         (f"{op.name}_{a.name}", i, f"{a.kind} attribute of {op.name}")
         for op in ops.OPS
@@ -48,12 +105,29 @@ def header() -> str:
         f"#define HB_FORMAT_MAJOR {container.VERSION[0]}\n#define HB_FORMAT_MINOR {container.VERSION[1]}\n"
         f"#define HB_NONE {program.NONE:#x}u\n#define HB_PANEL {tiles.PANEL}\n"
         f"#define HB_COLUMN_PAD {tiles.COLUMN_PAD}\n"
-        f"#define HB_ALIGNMENT {tiles.ALIGNMENT}\n#define HB_Q4_SHIFT {encodings.Q4_SHIFT}\n"
-        f"#define HB_Q4_LEVELS {{{levels}}}\n",
+        f"#define HB_ALIGNMENT {tiles.ALIGNMENT}\n"
+        f"#define HB_SUPER {encodings.SUPER}\n",
         _enum("HB_OP_", [(op.name, op.code, op.formula) for op in ops.OPS]),
         _enum("HB_ATTR_", attrs),
         _enum("HB_FN_", [(k, v, k) for k, v in ops.FUNCTIONS.items()]),
         _enum("HB_ENC_", [(e.name, e.code, e.summary) for e in encodings.ENCODINGS]),
+        _enum("HB_KIND_", [(k, i, "of an encoding") for i, k in enumerate(KINDS)]),
+        _enum(
+            "HB_SCALING_",
+            [
+                ("none", 0, "plain numbers"),
+                ("f16", 1, "a binary16 a group"),
+                ("sub7", 2, "a 7-bit sub-scale and shift bit a group, an E6M2 byte a row"),
+                ("any", 3, "the tensor's scale type"),
+            ],
+        ),
+        _enum("HB_OFFSET_", [(k or "none", i, "of an encoding") for i, k in enumerate(OFFSETS)]),
+        _enum(
+            "HB_SCALE_TYPE_",
+            [(k or "none", v, "of a tensor record") for k, v in encodings.SCALE_TYPES.items()],
+        ),
+        ENCODING_STRUCT,
+        _encodings(),
         _enum("HB_TILE_", [(n, k, n) for k, n in tiles.TILE_NAMES.items()]),
         _enum(
             "HB_ROWS_",

@@ -44,6 +44,7 @@ class Op:
     attrs: tuple[Attr, ...]
     formula: str
     in_place: bool = False  # an output may be exactly the same slot as an input
+    minor: int = 0  # first minor version of the format that has the op
 
 
 def _attrs(*specs: str) -> tuple[Attr, ...]:
@@ -69,6 +70,9 @@ OPS: tuple[Op, ...] = (
     Op(11, "kv_put", (), ("k", "v"), (), _attrs("cache:u32"), "cache[session[t], position[t]] = k[t], v[t]"),
     Op(12, "attend", ("y",), ("q",), (), _attrs("cache:u32", "scale:f32", "softcap:f32"),
        "y = softmax(cap(scale * q @ K^T)) @ V over positions p - window < j <= p of the row's session"),
+    Op(13, "gather", ("y",), ("x",), ("index",), (), "y[t, j] = x[t, index[j]]", minor=1),
+    Op(14, "hadamard", ("y",), ("x",), (), _attrs("dim:u32"),
+       "every run of dim columns: y = H x / sqrt(dim), H the Hadamard matrix in Sylvester's order", True, 1),
 )  # fmt: skip
 
 BY_NAME = {op.name: op for op in OPS}

@@ -40,12 +40,13 @@ assert OP_DTYPE.itemsize == 64 and SLOT_DTYPE.itemsize == 16 and CACHE_DTYPE.ite
 
 @dataclass(frozen=True)
 class TensorShape:
-    """What verification needs to know of a tensor."""
+    """What verification needs to know of a tensor. `reach` of a u32 vector is its largest element + 1, else 0."""
 
     name: str
     tile: int
     shape: tuple[int, ...]
     is_float32: bool
+    reach: int = 0
 
 
 def f32_bits(value: float) -> int:
@@ -259,7 +260,7 @@ def _check_shapes(
         matrix(ws[0], None, out)
         assert ws[0] is not None
         need(ws[0].shape[0] >= vocab_size, f"{ws[0].name} has fewer rows than the {vocab_size} ids")
-    elif name in ("pick", "add", "mul", "unary", "rmsnorm", "layernorm", "rope"):
+    elif name in ("pick", "add", "mul", "unary", "rmsnorm", "layernorm", "rope", "hadamard"):
         need(all(w == out for w in width), "widths differ")
     if name in ("rmsnorm", "layernorm"):
         dim = int(attrs["dim"])
@@ -305,6 +306,15 @@ def _check_shapes(
             need(out == heads * v_dim, f"output width {out} is not {heads} heads of {v_dim}")
             need(cache in filled, f"cache {cache} is read before kv_put")
             need(float(attrs["softcap"]) >= 0, "softcap is negative")
+    elif name == "gather":
+        t = ws[0]
+        assert t is not None
+        need(t.reach > 0 and t.shape == (out,), f"index must be a u32 vector of {out}")
+        need(t.reach <= width[0], f"index reaches column {t.reach - 1} of {width[0]}")
+    elif name == "hadamard":
+        dim = int(attrs["dim"])
+        need(dim > 0 and dim & (dim - 1) == 0, f"dim {dim} is not a power of two")
+        need(out % dim == 0, f"dim {dim} does not divide {out}")
 
 
 def explain(

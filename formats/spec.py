@@ -44,7 +44,7 @@ _FIELDS: dict[str, dict[str, str]] = {
         "rank": "1 with tile rows, 2 with tile p16",
         "shape": "rank dimensions, then zeros; a matrix is rows, cols (output, input)",
         "group": "columns that share a scale; 0 is a whole row",
-        "scale_type": "number of a float encoding; 0 where the encoding has none",
+        "scale_type": "section 5.2; 0 where the encoding has none to choose",
         "offset": "from the start of DATA",
         "length": "bytes",
         "zero": "must be zero",
@@ -91,19 +91,46 @@ def _layout(name: str, dtype: np.dtype) -> str:
     return _table(("offset", "type", "field", "meaning"), rows)
 
 
+def _level(e: encodings.Encoding) -> str:
+    """L[c] in words."""
+    if not e.has_codes:
+        return ""
+    if e.levels is None:
+        return "c"
+    if not e.is_integer:
+        return "section 5.5"
+    first, step = int(e.levels[0]), int(e.levels[1] - e.levels[0])
+    if list(e.levels) != list(range(first, first + step * len(e.levels), step)):
+        return "table of 5.3"
+    difference = f"c - {-first // step}" if first else "c"
+    return difference if step == 1 else f"{step} ({difference})"
+
+
+def _since(minor: int) -> str:
+    return f"{container.VERSION[0]}.{minor}"
+
+
 def _encodings() -> str:
     rows = []
     for e in encodings.ENCODINGS:
-        levels = "" if e.is_float else "table of 5.3" if e.name == "q4" else "c"
-        if e.levels and e.name != "q4" and e.levels[0]:
-            levels = f"c - {-e.levels[0]}"
-        group = "" if e.is_float else e.group or "any"
-        code = "" if e.is_float else f"{'i' if e.signed else 'u'}{e.bits}"
-        scale = {"*": "f32, f16 or bf16", "sub7": "5.3"}.get(e.scale, e.scale)
-        rows.append((e.code, e.name, code, levels, group, scale, e.offset, e.summary))
+        group = e.group or "any" if e.has_codes else ""
+        code = f"{'i' if e.signed else 'u'}{e.bits}" if e.has_codes else ""
+        scale = {"*": "5.2", "sub7": "5.3"}.get(e.scale, e.scale)
+        rows.append((e.code, e.name, code, _level(e), group, scale, e.offset, _since(e.minor), e.summary))
     return _table(
-        ("number", "name", "code c", "level L[c]", "group", "scale type", "offset", "summary"), rows
+        ("number", "name", "code c", "level L[c]", "group", "scale type", "offset", "since", "summary"), rows
     )
+
+
+def _levels() -> str:
+    """Level tables that are no arithmetic sequence, and the shifts."""
+    rows = []
+    for e in encodings.ENCODINGS:
+        listed = _level(e) == "table of 5.3"
+        if listed or e.shift:
+            values = " ".join(str(v) for v in e.levels or ()) if listed else _level(e)
+            rows.append((e.name, e.shift or "", values))
+    return _table(("name", "shift", "levels, from code 0"), rows)
 
 
 def _ops() -> str:
@@ -111,8 +138,9 @@ def _ops() -> str:
     for op in ops.OPS:
         attrs = ", ".join(f"{a.name} {'u32' if a.kind == 'function' else a.kind}" for a in op.attrs)
         operands = (", ".join(names) for names in (op.outputs, op.inputs, op.weights))
-        rows.append((op.code, op.name, *operands, attrs, "yes" if op.in_place else "", op.formula))
-    return _table(("code", "name", "out", "in", "w", "attr", "in place", "formula"), rows)
+        place = "yes" if op.in_place else ""
+        rows.append((op.code, op.name, *operands, attrs, place, _since(op.minor), op.formula))
+    return _table(("code", "name", "out", "in", "w", "attr", "in place", "since", "formula"), rows)
 
 
 def tables() -> dict[str, str]:
@@ -140,7 +168,10 @@ def tables() -> dict[str, str]:
         "metadata_types": _table(("number", "type"), [(v, k) for k, v in metadata.TYPES.items()]),
         "tensor_record": _layout("tensor_record", container.TENSOR_DTYPE),
         "encodings": _encodings(),
-        "q4_levels": _table(range(len(encodings.Q4_LEVELS)), [encodings.Q4_LEVELS]),  # type: ignore[arg-type]
+        "levels": _levels(),
+        "scale_types": _table(
+            ("number", "scale type"), [(v, k or "none") for k, v in encodings.SCALE_TYPES.items()]
+        ),
         "tiles": _table(("number", "name"), tiles.TILE_NAMES.items()),
         "op_record": _layout("op_record", program.OP_DTYPE),
         "slot_record": _layout("slot_record", program.SLOT_DTYPE),

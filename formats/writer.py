@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from . import container, metadata, tiles
-from .encodings import BY_NAME
-from .errors import HalfbyteError
+from . import container, metadata, ops, tiles
+from .encodings import BY_NAME, K256, SCALE_TYPES, parameters_are_valid
+from .errors import HalfbyteError, UsageError
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written. `scale_type` and `group` are fixed by q8 and q4 and chosen by the rest."""
+    """A tensor to be written. `scale_type` and `group` are fixed by q8 and the q family and chosen by the rest."""
 
     name: str
     encoding: str
@@ -36,23 +36,30 @@ class TensorSpec:
         return tiles.P16 if len(self.shape) == 2 else tiles.ROWS
 
     def resolved(self) -> TensorSpec:
-        """With the parameters that the encoding fixes filled in."""
+        """With the parameters that the encoding fixes filled in; UsageError for a choice it does not have."""
         e = BY_NAME[self.encoding]
-        if e.is_float:
-            return TensorSpec(self.name, self.encoding, self.shape)
+        group, scale_type = e.group or 0, "f16" if e.scale == "f16" else ""
         if e.scale == "*":
             padded = tiles.align(self.shape[1], tiles.COLUMN_PAD)
             group = self.group if self.group <= padded else 0  # one group either way
-            return TensorSpec(self.name, self.encoding, self.shape, group, self.scale_type)
-        return TensorSpec(
-            self.name, self.encoding, self.shape, e.group or 0, "f16" if e.scale == "f16" else ""
-        )
+            scale_type = self.scale_type
+        if not parameters_are_valid(e, group, scale_type):
+            raise UsageError(
+                f"tensor {self.name}: {e.name} cannot have groups of {group} with {scale_type or 'no'} scales"
+            )
+        return TensorSpec(self.name, self.encoding, self.shape, group, scale_type)
+
+    @property
+    def minor(self) -> int:
+        """First minor version of the format that can hold the tensor."""
+        return max(BY_NAME[self.encoding].minor, 1 if self.scale_type == K256 else 0)
 
 
 class Writer:
     """Context manager: on a clean exit the file appears under `path`; otherwise nothing remains.
 
-    Raises HalfbyteError when the disk is full or the folder is not writable.
+    The file states the lowest minor version that has everything it uses. Raises HalfbyteError when the disk
+    is full or the folder is not writable, UsageError for a tensor that no file can hold.
     """
 
     def __init__(
@@ -78,6 +85,8 @@ class Writer:
             "KVCA": caches.tobytes(),
             "PROG": program.tobytes(),
         }
+        used = [ops.BY_CODE[int(code)].minor for code in program["code"]]
+        self.minor = max([*used, *(t.minor for t in self.tensors)], default=0)
         for kind in ("TOKN", "TMPL"):
             if not self._blobs[kind]:
                 del self._blobs[kind]
@@ -186,7 +195,7 @@ class Writer:
             r["encoding"], r["tile"], r["rank"] = BY_NAME[t.encoding].code, t.tile, len(t.shape)
             r["shape"][: len(t.shape)] = t.shape
             r["group"] = t.group
-            r["scale_type"] = BY_NAME[t.scale_type].code if t.scale_type else 0
+            r["scale_type"] = SCALE_TYPES[t.scale_type]
             r["offset"], r["length"] = offset - self._data, nbytes
             digests.append(self._digest(offset, nbytes))
             r["digest"] = np.void(digests[-1])
@@ -203,7 +212,7 @@ class Writer:
         table[-1]["digest"] = np.void(container.sha256(*digests))
         header = np.zeros(1, container.HEADER_DTYPE)
         header["magic"], header["length"], header["sections"] = container.MAGIC, self.length, len(table)
-        header["major"], header["minor"] = container.VERSION
+        header["major"], header["minor"] = container.VERSION[0], self.minor
         header["digest"] = np.void(container.sha256(header.tobytes()[:32], table.tobytes()))
         self._pwrite(header.tobytes() + table.tobytes(), 0)
         os.fsync(self._fd)

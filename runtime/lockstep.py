@@ -131,8 +131,8 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 def tolerance(op: str, encoding: str, policy: str) -> float:
     """The largest relative error that rounding explains."""
-    if op in ("embed", "pick", "kv_put"):
+    if op in ("embed", "pick", "kv_put", "gather"):
         return 0.0  # copies and exact conversions
-    if op == "linear" and policy == "i8g32" and not encodings.BY_NAME[encoding].is_float:
+    if op == "linear" and policy == "i8g32" and encodings.BY_NAME[encoding].is_integer:
         return INTEGER_DOT
     return TOLERANCE.get(op, ELEMENTWISE)

@@ -11,13 +11,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from halfbyte.formats.encodings import dequantize
+from halfbyte.formats import encodings
 from halfbyte.formats.errors import CheckpointError
 
 
@@ -25,12 +25,15 @@ from halfbyte.formats.errors import CheckpointError
 class Packed:
     """A matrix that arrived quantised, `w[row, col]` with its integer codes kept exactly.
 
-    encoding  name of the formula: q8, i8, i4, a8, a4, z8, z4
+    encoding  name of the formula: a row of `formats.encodings` with codes, the q family excepted
     group     columns that share a scale; 0 is the whole row; the last group of a row may be short
-    codes     [rows, cols] int8 (q8, i8) or uint8 (all others; 4-bit codes are one to a byte here)
-    scales    [rows, ceil(cols / group)] float16 or float32
-    mins      like scales, for a8 and a4
-    zeros     like scales in shape, uint8, for z8 and z4
+    codes     [rows, cols] int8 (q8, i8) or uint8 (all others: code numbers, one to a byte here)
+    scales    [rows, ceil(cols / group)] float16, float32 or ml_dtypes.bfloat16; with `super`, the bytes of
+              scale type k256 (int8, or uint8 where there are minima)
+    mins      like scales, for encodings with a minimum
+    zeros     like scales in shape, uint8, for encodings with a zero point
+    super     [rows, ceil(cols / 256)] float16: s = super * scales (scale type k256, SPEC.md 5.4), else None
+    supermin  like super, for k256 with minima: m = -(supermin * mins)
     """
 
     encoding: str
@@ -39,21 +42,33 @@ class Packed:
     scales: np.ndarray
     mins: np.ndarray | None = None
     zeros: np.ndarray | None = None
+    super: np.ndarray | None = None
+    supermin: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[rows, cols] of the matrix."""
         return self.codes.shape
 
+    @property
+    def scale_type(self) -> str:
+        """The scale type that stores these scales exactly."""
+        if self.super is not None:
+            return encodings.K256
+        return {"float16": "f16", "bfloat16": "bf16"}.get(self.scales.dtype.name, "f32")
+
+    def planes(self) -> dict[str, np.ndarray]:
+        """The arrays that are there, by the names of the planes of a file (SPEC.md section 6)."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("encoding", "group")}
+        return {name: a for name, a in arrays.items() if a is not None}
+
     def dequantize(self) -> np.ndarray:
         """The matrix as float32 [rows, cols]; each step rounds to float32 in the order written."""
-        return dequantize(self.encoding, self.codes, self.scales, self.group, self.mins, self.zeros)
+        return encodings.dequantize(self.encoding, group=self.group, **self.planes())
 
-    def take(self, rows: np.ndarray) -> Packed:
+    def take(self, rows: np.ndarray | slice) -> Packed:
         """The rows with these indices, in this order; codes and parameters stay exact."""
-        mins = None if self.mins is None else self.mins[rows]
-        zeros = None if self.zeros is None else self.zeros[rows]
-        return Packed(self.encoding, self.group, self.codes[rows], self.scales[rows], mins, zeros)
+        return Packed(self.encoding, self.group, **{name: a[rows] for name, a in self.planes().items()})
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def dtype(self, name: str) -> str:
-        """How the tensor is stored: 'f32', 'f16', 'bf16', 'f64', 'q8', 'i4' or 'i8'."""
+        """How the tensor is stored: 'f32', 'f16', 'bf16', 'f64', or the encoding of a `Packed` ('q8', 'i4', ...)."""
 
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray | Packed:
@@ -121,6 +136,14 @@ class Checkpoint(ABC):
         Float tensors come as float32, float16 or ml_dtypes.bfloat16, as stored (float64 becomes
         float32). Raises CheckpointError for an unknown name, rows out of range or a failing read.
         """
+
+    def input_order(self, name: str) -> np.ndarray | None:
+        """The order in which `read_rows` gives the columns of a matrix, int64[in]; None if as the inputs are.
+
+        Column j belongs to input order[j]: matrices quantised with activation order (`g_idx`) come with the
+        columns of each group side by side.
+        """
+        return None
 
     def read(self, name: str) -> np.ndarray | Packed:
         """The whole tensor; see `read_rows`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.converter.checkpoints import ggml_types
 from halfbyte.converter.checkpoints.bounded_file import BoundedFile
 from halfbyte.converter.checkpoints.checkpoint import (
     Checkpoint,
@@ -30,14 +31,13 @@ from halfbyte.converter.checkpoints.tokenizer_files import tokenizer_at
 from halfbyte.formats.errors import CheckpointError
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8", "Q4_0": "i4"}
 # Byte pair tokenizers (tokenizer.ggml.pre) that start a text with BOS even where no key says so.
 _BOS_PRETOKENIZERS = ("llama3", "llama-v3", "llama-bpe", "falcon3")
 _MAX_ROPE_FACTORS = 1 << 16
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A GGUF file. Q8_0 comes as `Packed('q8', ...)`, Q4_0 as `Packed('i4', ...)`, floats as stored.
+    """A GGUF file. Quantised blocks come as `Packed` (`ggml_types.TYPES` says which), floats as stored.
 
     Undone on the way: the interleaved rope order of llama-like query and key rows, the 1 that is added
     to Gemma's norms. `config['rope_freq_factors']` (a list of head_dim / 2 numbers by which the rope
@@ -88,8 +88,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> str:
         tensor = self._tensor(name)
-        dtype = _DTYPES[tensor.type]
-        return "f32" if len(tensor.shape) == 1 and dtype in ("q8", "i4") else dtype
+        kind = ggml_types.TYPES[tensor.type]
+        return "f32" if len(tensor.shape) == 1 and kind.unpack else kind.dtype
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray | Packed:
         tensor = self._tensor(name)
@@ -223,29 +223,7 @@ class GGUFCheckpoint(Checkpoint):
         """Rows (of a vector: elements) as the file has them."""
         if len(tensor.shape) == 1:
             whole = self._file.read(tensor.offset, tensor.row_bytes).reshape(1, -1)
-            values = _decode(whole, tensor.type)
+            values = ggml_types.decode(whole, tensor.type)
             return (values.dequantize() if isinstance(values, Packed) else values)[0, start:stop]
         data = self._file.read(tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
-        return _decode(data.reshape(stop - start, tensor.row_bytes), tensor.type)
-
-
-def _decode(data: np.ndarray, kind: str) -> np.ndarray | Packed:
-    """Bytes of whole rows, uint8 [rows, row_bytes], as the numbers or codes they hold.
-
-    Q8_0: blocks of float16 scale, 32 int8. Q4_0: blocks of float16 scale, 16 bytes whose low nibbles
-    are columns 0..15 and whose high nibbles are columns 16..31; weight = scale * (code - 8).
-    """
-    if kind == "BF16":
-        import ml_dtypes
-
-        return data.view(ml_dtypes.bfloat16)
-    if kind in ("F32", "F16"):
-        return data.view({"F32": "<f4", "F16": "<f2"}[kind])
-    rows = data.shape[0]
-    blocks = data.reshape(rows, -1, 34 if kind == "Q8_0" else 18)
-    scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0]
-    if kind == "Q8_0":
-        signed = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8)
-        return Packed("q8", 32, signed.reshape(rows, -1), scales)
-    codes = np.concatenate([blocks[:, :, 2:] & 15, blocks[:, :, 2:] >> 4], axis=2)
-    return Packed("i4", 32, codes.reshape(rows, -1), scales)
+        return ggml_types.decode(data.reshape(stop - start, tensor.row_bytes), tensor.type)

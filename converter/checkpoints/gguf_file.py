@@ -13,18 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.converter.checkpoints import ggml_types
 from halfbyte.converter.checkpoints.bounded_file import BoundedFile, checked_product
 from halfbyte.formats.errors import CheckpointError
-
-# ggml's tensor types by number; (elements, bytes) of a block for those that are read.
-GGML_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
-    11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
-    18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
-    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-    40: "NVFP4",
-}  # fmt: skip
-BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18)}
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -163,18 +154,18 @@ def _tensor_info(cursor: _Cursor, file_name: str) -> GGUFTensor:
         raise CheckpointError(f"{where} has {n_dims} dimensions")
     dims = list(cursor.unpack(f"<{n_dims}Q"))
     kind, offset = cursor.unpack("<IQ")
-    type_name = GGML_TYPES.get(kind, f"type {kind}")
-    if type_name not in BLOCKS:
+    type_name = ggml_types.NAMES.get(kind, f"type {kind}")
+    if type_name not in ggml_types.TYPES:
         raise CheckpointError(
-            f"{where} is {type_name}; only {', '.join(BLOCKS)} are readable:"
-            " use the F16 or Q8_0 GGUF of this model"
+            f"{where} is {type_name}; only {', '.join(ggml_types.TYPES)} are readable:"
+            " use another GGUF of this model, such as Q4_K_M"
         )
     while len(dims) > 2 and dims[-1] == 1:
         dims.pop()
     if len(dims) > 2:
         raise CheckpointError(f"{where} has {len(dims)} dimensions; only vectors and matrices are readable")
-    elements, block_bytes = BLOCKS[type_name]
-    # A block holds at most 32 elements in at least 2 bytes, so no tensor has over 16 elements a byte.
+    elements, block_bytes = ggml_types.TYPES[type_name].elements, ggml_types.TYPES[type_name].nbytes
+    # No type has over 5 elements a byte.
     total = checked_product(tuple(dims), 16 * cursor.file.size)
     if not total or dims[0] % elements:
         raise CheckpointError(f"{where} has the impossible sizes {dims}")

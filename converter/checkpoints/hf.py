@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,10 @@ import numpy as np
 
 from halfbyte.converter.checkpoints.bounded_file import BoundedFile
 from halfbyte.converter.checkpoints.checkpoint import Checkpoint, Packed, check_rows, token_ids
-from halfbyte.converter.checkpoints.safetensors_header import TensorEntry, read_safetensors_header
+from halfbyte.converter.checkpoints.quantized import Quantization
+from halfbyte.converter.checkpoints.quantized_matrix import QuantizedMatrix
+from halfbyte.converter.checkpoints.safetensors_header import read_safetensors_header
+from halfbyte.converter.checkpoints.stored import StoredTensor
 from halfbyte.converter.checkpoints.tokenizer_files import (
     read_json,
     read_small,
@@ -51,14 +53,10 @@ _GEMMA3_TEXT_DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class _Stored:
-    file: BoundedFile
-    entry: TensorEntry
-
-
 class HuggingFaceCheckpoint(Checkpoint):
     """A folder with config.json and model.safetensors, or shards with or without their index.
+
+    Quantised checkpoints come as `Packed`, codes untouched; `quantized.METHODS` says which are read.
 
     Beyond config.json as written, `config` always has `tie_word_embeddings`, and `rope_theta`,
     `rope_scaling` and `rope_local_base_freq` where newer files say them in `rope_parameters`.
@@ -69,11 +67,14 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, path: str | Path, tokenizer: str | Path | None = None) -> None:
         self.path = Path(path)
         self._files: list[BoundedFile] = []
-        self._tensors: dict[str, _Stored] = {}
+        self._tensors: dict[str, StoredTensor | QuantizedMatrix] = {}
+        self._unlisted: set[str] = set()
         try:
             whole = _read_config(self.path)
             self.config = _language_config(whole)
-            self._open(wrapped=isinstance(whole.get("text_config"), dict))
+            wrapped = isinstance(whole.get("text_config"), dict)
+            quantization = self._quantization(whole)
+            self._take(self._open(wrapped), quantization)
             self._tie()
             self.generation = self._read_generation(whole)
             self.chat_template = _chat_template(self.path)
@@ -84,24 +85,28 @@ class HuggingFaceCheckpoint(Checkpoint):
             raise
 
     def names(self) -> list[str]:
-        return list(self._tensors)
+        return [name for name in self._tensors if name not in self._unlisted]
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors or (name == _HEAD and self._is_tied_head())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensor(name).entry.shape
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> str:
-        return _DTYPES[self._tensor(name).entry.dtype]
+        tensor = self._tensor(name)
+        return tensor.encoding if isinstance(tensor, QuantizedMatrix) else _DTYPES[tensor.dtype]
+
+    def input_order(self, name: str) -> np.ndarray | None:
+        tensor = self._tensor(name)
+        return tensor.order if isinstance(tensor, QuantizedMatrix) else None
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray | Packed:
-        stored = self._tensor(name)
-        entry = stored.entry
-        check_rows(name, entry.shape, start, stop)
-        row_bytes = (entry.end - entry.begin) // entry.shape[0] if entry.shape[0] else 0
-        data = stored.file.read(entry.begin + start * row_bytes, (stop - start) * row_bytes)
-        return _typed(data, entry.dtype).reshape(stop - start, *entry.shape[1:])
+        tensor = self._tensor(name)
+        check_rows(name, tensor.shape, start, stop)
+        return (
+            tensor.read_rows(start, stop) if isinstance(tensor, QuantizedMatrix) else tensor.rows(start, stop)
+        )
 
     def sizes(self) -> list[tuple[str, int]]:
         return [(file.path.name, file.size) for file in self._files]
@@ -113,15 +118,16 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _is_tied_head(self) -> bool:
         return bool(self.config["tie_word_embeddings"]) and _EMBEDDING in self._tensors
 
-    def _tensor(self, name: str) -> _Stored:
+    def _tensor(self, name: str) -> StoredTensor | QuantizedMatrix:
         key = _EMBEDDING if name == _HEAD and name not in self._tensors and self._is_tied_head() else name
         if key not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._tensors[key]
 
-    def _open(self, wrapped: bool) -> None:
-        """Open all weight files and take in their tensors under plain names."""
+    def _open(self, wrapped: bool) -> dict[str, StoredTensor]:
+        """Open all weight files; their tensors under plain names."""
         ignored: list[str] = []
+        tensors: dict[str, StoredTensor] = {}
         shards, promised = _weight_files(self.path)
         for shard in shards:
             file = BoundedFile(self.path / shard)
@@ -134,15 +140,45 @@ class HuggingFaceCheckpoint(Checkpoint):
                 if plain is None:
                     ignored.append(name)
                     continue
-                if plain in self._tensors:
+                if plain in tensors:
                     raise CheckpointError(f"{self.path} holds the tensor {plain} twice, again in {shard}")
-                if entry.dtype not in _DTYPES:
-                    raise CheckpointError(
-                        f"tensor {name} of {self.path} is {entry.dtype};"
-                        " only F32, F16, BF16 and F64 are readable"
-                    )
-                self._tensors[plain] = _Stored(file, entry)
+                tensors[plain] = StoredTensor(file, entry)
         self.ignored = tuple(ignored)
+        return tensors
+
+    def _quantization(self, config: dict[str, Any]) -> Quantization | None:
+        """How the weights are quantised; None for a float checkpoint."""
+        text = config.get("text_config")
+        places = [config, text] if isinstance(text, dict) else [config]
+        keys = ("quantization_config", "compression_config")
+        found = next((place[key] for place in places for key in keys if place.get(key)), None)
+        if found is None:
+            # before transformers knew them, AutoGPTQ and AutoAWQ each wrote a file of their own
+            files = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
+            own = [{"quant_method": method, **read_json(self.path / name)} for method, name in files.items()
+                   if (self.path / name).is_file()]  # fmt: skip
+            if not own:
+                return None
+            found = own[0]
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.path}: quantization_config of config.json is not an object")
+        try:
+            return Quantization(found)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    def _take(self, tensors: dict[str, StoredTensor], quantization: Quantization | None) -> None:
+        """Quantised matrices out of their parts; what remains has to be floats."""
+        if quantization is not None:
+            matrices, self._unlisted = quantization.take(tensors)
+            self._tensors.update(matrices)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES and name not in self._unlisted:
+                raise CheckpointError(
+                    f"tensor {name} of {self.path} is {tensor.dtype};"
+                    " only F32, F16, BF16 and F64 are readable"
+                )
+        self._tensors.update(tensors)
 
     def _tie(self) -> None:
         """Settle whether input and output embedding are one, and list a single one under its first name."""
@@ -172,17 +208,6 @@ class HuggingFaceCheckpoint(Checkpoint):
         }
 
 
-def _typed(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes as the array they hold; float64 narrows to float32."""
-    if dtype == "BF16":
-        import ml_dtypes
-
-        return data.view(ml_dtypes.bfloat16)
-    if dtype == "F64":
-        return data.view("<f8").astype(np.float32)
-    return data.view({"F32": "<f4", "F16": "<f2"}[dtype])
-
-
 def _plain_name(name: str, wrapped: bool) -> str | None:
     """The tensor's name in a text-only checkpoint; None if it is not part of the language model."""
     if _BUFFERS.search(name):
@@ -198,19 +223,7 @@ def _plain_name(name: str, wrapped: bool) -> str | None:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
-    config = read_json(folder / "config.json")
-    text = config.get("text_config")
-    places = [config, text] if isinstance(text, dict) else [config]
-    keys = ("quantization_config", "compression_config")
-    quantization = next((place[key] for place in places for key in keys if place.get(key)), None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = str(method or "quantised")[:40]
-        raise CheckpointError(
-            f"{folder} is a {method} checkpoint; {method.upper()} import is not in this version:"
-            " convert the original float checkpoint"
-        )
-    return config
+    return read_json(folder / "config.json")
 
 
 def _language_config(whole: dict[str, Any]) -> dict[str, Any]:

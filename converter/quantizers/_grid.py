@@ -4,62 +4,67 @@ Every kernel works on a block of rows that no other thread touches and releases 
 over blocks. There is no fast-math, and sums over a group run in column order whatever the vector width is:
 results are the same for any thread count and any instruction set.
 
-In the q4 search the groups of a batch of rows lie side by side in vector lanes, arrays `[GROUP, lanes]`.
+In the search of the q family the groups of a batch of rows lie side by side in vector lanes, arrays `[GROUP, lanes]`.
 """
 
+from itertools import pairwise
+
 import numpy as np
-from numba import njit
+from llvmlite.ir import Constant
+from numba import njit, types
+from numba.extending import intrinsic
 
 GROUP = 32
 LANES = 16  # lanes are padded to a multiple of one 512-bit vector of float32
 BATCH_LANES = 128  # rows are batched up to about this many lanes: 16 KB of weights, inside L1
 
-# Where the best scale of a group lies, as a multiple of the scale that puts its largest value on one end of
-# the level table. On Gaussian, Student-t5 and Laplace data, searching only here costs 0.1 % of the error; the
-# end at -127 is the better fit for three groups of four.
-NEGATIVE_END_WINDOW = (0.90, 1.24)
-POSITIVE_END_WINDOW = (0.90, 1.16)
-COARSE = (0.95, 1.01, 1.08)
-
 SMALLEST_ROW = 2.0**-57  # below this even the smallest row scale is too coarse: the row becomes zero
 
 
-@njit(inline="always")
-def _level(y):
-    """The q4 level nearest to y, as float32; the thresholds lie half-way between neighbours."""
-    f = np.float32
-    zero = f(0.0)
-    # Three short sums of small integers: exact in any order, and no long dependency chain.
-    a = f(23.0) if y > f(-115.5) else zero
-    a += f(21.0) if y > f(-93.5) else zero
-    a += f(18.0) if y > f(-74.0) else zero
-    a += f(16.0) if y > f(-57.0) else zero
-    a += f(14.0) if y > f(-42.0) else zero
-    b = f(13.0) if y > f(-28.5) else zero
-    b += f(12.0) if y > f(-16.0) else zero
-    b += f(11.0) if y > f(-4.5) else zero
-    b += f(12.0) if y > f(7.0) else zero
-    b += f(12.0) if y > f(19.0) else zero
-    c = f(13.0) if y > f(31.5) else zero
-    c += f(15.0) if y > f(45.5) else zero
-    c += f(16.0) if y > f(61.0) else zero
-    c += f(20.0) if y > f(79.0) else zero
-    c += f(24.0) if y > f(101.0) else zero
-    return (a + b) + (c - f(127.0))
+def _above_thresholds(typingctx, y, levels, gain):
+    """Type and code of a sum over the thresholds below y; they lie half-way between neighbouring levels.
+
+    Each contributes gain(level, next level). The tuple's length is part of its type, so the sum is unrolled:
+    short sums of small integers, exact in any order, without a branch or a load that would stop a vector loop.
+    """
+
+    def generate(context, builder, signature, args):
+        y, packed = args
+        table = [builder.extract_value(packed, i) for i in range(len(signature.args[1]))]
+        half, zero = Constant(y.type, 0.5), Constant(y.type, 0.0)
+        terms = []
+        for level, following in pairwise(table):
+            threshold = builder.fmul(builder.fadd(level, following), half)
+            above = builder.fcmp_ordered(">", y, threshold)
+            terms.append(builder.select(above, gain(builder, level, following), zero))
+        while len(terms) > 1:
+            pairs = zip(terms[::2], terms[1::2])
+            terms = [builder.fadd(a, b) for a, b in pairs] + terms[len(terms) & ~1 :]
+        return terms[0]
+
+    return types.float32(y, levels), generate
+
+
+@intrinsic
+def _rise(typingctx, y, levels):
+    """What the level nearest to y is above levels[0], as float32."""
+    return _above_thresholds(typingctx, y, levels, lambda builder, low, high: builder.fsub(high, low))
+
+
+@intrinsic
+def _index(typingctx, y, levels):
+    """The number of the level nearest to y, as float32."""
+    return _above_thresholds(typingctx, y, levels, lambda builder, low, high: Constant(low.type, 1.0))
 
 
 @njit(inline="always")
-def _code(y):
-    """The index of `_level(y)` in the table."""
-    f = np.float32
-    c = (y > f(-115.5)) + (y > f(-93.5)) + (y > f(-74.0)) + (y > f(-57.0)) + (y > f(-42.0))
-    c += (y > f(-28.5)) + (y > f(-16.0)) + (y > f(-4.5)) + (y > f(7.0)) + (y > f(19.0))
-    c += (y > f(31.5)) + (y > f(45.5)) + (y > f(61.0)) + (y > f(79.0)) + (y > f(101.0))
-    return c
+def _level(y, levels):
+    """The level nearest to y, as float32."""
+    return _rise(y, levels) + levels[0]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _moments(x, weight, d, shift, inverse, sxq, sqq):
+def _moments(x, weight, levels, d, shift, inverse, sxq, sqq):
     """Weighted sums of x*q and q*q in each lane, q being the levels nearest to x/d: what refits d."""
     lanes = x.shape[1]
     for i in range(lanes):
@@ -69,14 +74,14 @@ def _moments(x, weight, d, shift, inverse, sxq, sqq):
     for j in range(GROUP):
         for i in range(lanes):
             v = x[j, i]
-            q = _level(v * inverse[i] - shift[i]) + shift[i]
+            q = _level(v * inverse[i] - shift[i], levels) + shift[i]
             wq = weight[j, i] * q
             sxq[i] += wq * v
             sqq[i] += wq * q
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _errors(x, weight, d, shift, inverse, error):
+def _errors(x, weight, levels, d, shift, inverse, error):
     """Weighted squared error of each lane under scale d, every code at its nearest level."""
     lanes = x.shape[1]
     for i in range(lanes):
@@ -85,7 +90,7 @@ def _errors(x, weight, d, shift, inverse, error):
     for j in range(GROUP):
         for i in range(lanes):
             v = x[j, i]
-            q = _level(v * inverse[i] - shift[i]) + shift[i]
+            q = _level(v * inverse[i] - shift[i], levels) + shift[i]
             e = v - d[i] * q
             error[i] += weight[j, i] * (e * e)
 
@@ -97,9 +102,12 @@ def _odd(v):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_q4(w, weight, codes, sub, row):
-    """Quantise finite w[rows, cols] to q4: fills codes[rows, cols], sub[rows, groups] and row[rows].
+def search(w, weight, levels, shifted, ratios, windows, codes, sub, row):
+    """Quantise finite w[rows, cols] to one of the q family: fills codes[rows, cols], sub[rows, groups], row[rows].
 
+    levels is the table, a tuple of float32 whose ends have opposite signs, and shifted what its shift adds. A
+    scale is tried as a multiple of the one that puts the largest value of the group on one end of the table:
+    `ratios` first, to find the row scale, and then all in windows[0] for the first level, windows[1] for the last.
     weight[GROUP, lanes] holds the importance of each column in lane order, repeated for as many rows as are
     to be batched (lane = row * groups + group), and 0 where there is no column.
     """
@@ -153,14 +161,14 @@ def search_q4(w, weight, codes, sub, row):
                 end[n * groups + g] = peak
 
         # Coarse pass: about the least-squares scale of every group, unrounded.
-        for trial in range(4 * len(COARSE)):
-            offset = np.float32(4.0 * (trial & 1))
-            table_end = offset + np.float32(113.0 if trial & 2 else -127.0)
-            ratio = np.float32(COARSE[trial >> 2])
+        for trial in range(4 * len(ratios)):
+            offset = shifted * np.float32(trial & 1)
+            table_end = offset + (levels[-1] if trial & 2 else levels[0])
+            ratio = np.float32(ratios[trial >> 2])
             for i in range(lanes):
                 shift[i] = offset
                 d[i] = ratio * end[i] / table_end
-            _moments(x, weight, d, shift, inverse, sxq, sqq)
+            _moments(x, weight, levels, d, shift, inverse, sxq, sqq)
             for i in range(lanes):
                 gain = sxq[i] * sxq[i] / sqq[i] if sqq[i] > zero else zero
                 if gain > best[i]:
@@ -198,9 +206,9 @@ def search_q4(w, weight, codes, sub, row):
             best_k[i] = np.float32(1.0)
             best_shift[i] = zero
         for trial in range(4):
-            offset = np.float32(4.0 * (trial & 1))
-            table_end = offset + np.float32(113.0 if trial & 2 else -127.0)
-            window = POSITIVE_END_WINDOW if trial & 2 else NEGATIVE_END_WINDOW
+            offset = shifted * np.float32(trial & 1)
+            table_end = offset + (levels[-1] if trial & 2 else levels[0])
+            window = windows[1] if trial & 2 else windows[0]
             steps = 0
             for i in range(lanes):
                 shift[i] = offset
@@ -212,7 +220,7 @@ def search_q4(w, weight, codes, sub, row):
                 for i in range(lanes):
                     k = min(low[i] + np.float32(2.0 * step), high[i])
                     d[i] = scale[i] * (k if (end[i] < zero) == (table_end < zero) else -k)
-                _errors(x, weight, d, shift, inverse, error)
+                _errors(x, weight, levels, d, shift, inverse, error)
                 for i in range(lanes):
                     if error[i] < best[i]:
                         best[i] = error[i]
@@ -227,7 +235,7 @@ def search_q4(w, weight, codes, sub, row):
                 delta = np.float32(4.0 * trial - 2.0)
                 for i in range(lanes):
                     d[i] = scale[i] * min(max(best_k[i] + delta, np.float32(-127.0)), np.float32(127.0))
-                _errors(x, weight, d, best_shift, inverse, error)
+                _errors(x, weight, levels, d, best_shift, inverse, error)
                 for i in range(lanes):
                     if error[i] < best[i]:
                         best[i] = error[i]
@@ -237,10 +245,10 @@ def search_q4(w, weight, codes, sub, row):
         for n in range(height):
             for g in range(groups):
                 i = n * groups + g
-                sub[top + n, g] = (int(np.rint(best_k[i])) + 127) | int(best_shift[i] * np.float32(0.25))
+                sub[top + n, g] = (int(np.rint(best_k[i])) + 127) | int(best_shift[i] != zero)
                 back = np.float32(1.0) / (scale[i] * best_k[i])
                 for j in range(min(GROUP, cols - g * GROUP)):
-                    codes[top + n, g * GROUP + j] = _code(x[j, i] * back - best_shift[i])
+                    codes[top + n, g * GROUP + j] = int(_index(x[j, i] * back - best_shift[i], levels))
 
 
 @njit(nogil=True, cache=True)

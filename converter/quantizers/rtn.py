@@ -1,7 +1,7 @@
 """Round to nearest, with a search for the scales: `rtn`, the method that needs no data.
 
-q8 follows the encoding's definition. q4 is the search that ggml made for its non-linear 4-bit types and
-ik_llama.cpp for the pair of shifted tables, with one difference: the row scale is fixed first, and every
+q8 follows the encoding's definition. The q family is the search that ggml made for its non-linear 4-bit types and
+ik_llama.cpp for pairs of shifted tables, with one difference: the row scale is fixed first, and every
 sub-scale near the optimum is then tried under it, so that the rounding of the scales is part of the search.
 Results do not depend on the number of threads (`numba.set_num_threads`).
 """
@@ -18,12 +18,30 @@ from halfbyte.converter.quantizers import _grid
 from halfbyte.formats import encodings
 from halfbyte.formats.errors import CheckpointError, UsageError
 
-__all__ = ["dequantize_q4", "dequantize_q8", "quantize_affine", "quantize_q4", "quantize_q8"]
+__all__ = [
+    "dequantize_q4",
+    "dequantize_q8",
+    "quantize_affine",
+    "quantize_q4",
+    "quantize_q8",
+    "quantize_table",
+]
 
 BLOCK_WEIGHTS = 1 << 17  # weights of one unit of work: half a megabyte of float32
-Q4_LIMIT = 14.0 * 127.0 * 127.0  # largest row scale, sub-scale and level
-Q4_EMPTY_SUB = 128  # sub-scale +1, table not shifted
-Q4_EMPTY_CODE = 8  # level 1, the one nearest to zero
+LARGEST_SCALE = 14.0 * 127.0  # row scale and sub-scale
+EMPTY_SUB = 128  # sub-scale +1, table not shifted
+
+# Where the best scale of a group lies, as a multiple of the scale that puts its largest value on the first level or on
+# the last; and the multiples tried first, for the row scale. On Gaussian, Student-t5 and Laplace data, searching only
+# here costs 0.02 % of the error for q2, 0.06 % for q3, 0.14 % for q4 and q5, 0.24 % for q6.
+Range = tuple[float, float]
+SEARCHES: dict[str, tuple[tuple[float, ...], tuple[Range, Range]]] = {
+    "q2": ((0.60, 0.75, 0.95), ((0.54, 1.04), (0.46, 0.80))),
+    "q3": ((0.84, 0.94, 1.05), ((0.80, 1.10), (0.77, 1.02))),
+    "q4": ((0.95, 1.01, 1.08), ((0.90, 1.24), (0.90, 1.16))),
+    "q5": ((0.97, 1.01, 1.08), ((0.95, 1.25), (0.95, 1.25))),
+    "q6": ((0.99, 1.03), ((0.97, 1.20), (0.97, 1.20))),
+}
 
 # A column that calibration never excited may still be excited in use: it keeps this share of the mean.
 IMPORTANCE_FLOOR = 1e-4
@@ -53,33 +71,47 @@ def dequantize_q8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def quantize_q4(
     w: np.ndarray, importance: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """w[rows, cols] -> (codes uint8[rows, cols] in 0..15, sub uint8[rows, groups], row uint8[rows]).
+    """`quantize_table` to q4."""
+    return quantize_table(w, "q4", importance)
+
+
+def quantize_table(
+    w: np.ndarray, encoding: str, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """w[rows, cols] -> (codes uint8[rows, cols], sub uint8[rows, groups], row uint8[rows]) of q2, q3, q4, q5 or q6.
 
     Minimises sum_j importance[j] * (w - w_hat)^2 in every group of 32 columns; without importance, the plain
     squared error. With importance[j] the mean square of input j this is the expected squared error of the
     layer's output for uncorrelated inputs. On return no step of one code or of one sub-scale lowers it.
 
-    A group of zeros inside a row that is not zero cannot be stored exactly (the table has no zero level): it
-    becomes +-S, about 1/16000 of the row's largest value. Rows below 2^-57 become zero. Raises
-    CheckpointError for values that are not finite or beyond the format's +-225806.
+    A group of zeros inside a row that is not zero cannot be stored exactly where the table has no zero level (all
+    but q6): it becomes the level nearest to zero, for q4 about 1/16000 of the row's largest value. Rows below 2^-57
+    become zero. Raises UsageError for another encoding, CheckpointError for values that are not finite or beyond
+    the format's range (+-225806 for q4).
     """
+    if encoding not in SEARCHES:
+        raise UsageError(f"{encoding!r} has no searched table; choose one of: {', '.join(SEARCHES)}")
     _check_matrix(w)
     weights = _check_importance(w, importance)
+    e = encodings.BY_NAME[encoding]
+    assert e.levels
     rows, cols = w.shape
     groups = encodings.group_count(cols, _grid.GROUP)
-    codes = np.full((rows, cols), Q4_EMPTY_CODE, np.uint8)
-    sub = np.full((rows, groups), Q4_EMPTY_SUB, np.uint8)
+    codes = np.full((rows, cols), np.argmin(np.abs(e.levels)), np.uint8)
+    sub = np.full((rows, groups), EMPTY_SUB, np.uint8)
     row = np.zeros(rows, np.uint8)
     if w.size == 0:
         return codes, sub, row
     lane_weights = _lane_weights(weights, groups)
+    limit = LARGEST_SCALE * max(-e.levels[0], e.levels[-1] + e.shift)
+    table = (tuple(map(np.float32, e.levels)), np.float32(e.shift), *SEARCHES[encoding])
 
     def block(first: int, last: int, x: np.ndarray) -> None:
         low, high = _ranges(x, cols)
         peak = float(np.maximum(-low.min(), high.max()))  # unlike max(), keeps a NaN
-        if not peak <= Q4_LIMIT:
-            raise CheckpointError(_does_not_fit("q4", peak))
-        _grid.search_q4(x, lane_weights, codes[first:last], sub[first:last], row[first:last])
+        if not peak <= limit:
+            raise CheckpointError(_does_not_fit(encoding, peak))
+        _grid.search(x, lane_weights, *table, codes[first:last], sub[first:last], row[first:last])
 
     _each_block(w, block)
     return codes, sub, row

@@ -5,13 +5,12 @@
 #include <stdint.h>
 
 #define HB_FORMAT_MAJOR 1
-#define HB_FORMAT_MINOR 0
+#define HB_FORMAT_MINOR 1
 #define HB_NONE 0xffffffffu
 #define HB_PANEL 16
 #define HB_COLUMN_PAD 32
 #define HB_ALIGNMENT 64
-#define HB_Q4_SHIFT 4
-#define HB_Q4_LEVELS {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}
+#define HB_SUPER 256
 
 enum {
     HB_OP_EMBED = 1, /* y[t] = table[ids[t]] */
@@ -26,6 +25,8 @@ enum {
     HB_OP_ROPE = 10, /* first 2n columns of every head, n = len(inv_freq), angle = position * inv_freq[i]: (x[i], x[i+n]) rotated by angle, times mscale */
     HB_OP_KV_PUT = 11, /* cache[session[t], position[t]] = k[t], v[t] */
     HB_OP_ATTEND = 12, /* y = softmax(cap(scale * q @ K^T)) @ V over positions p - window < j <= p of the row's session */
+    HB_OP_GATHER = 13, /* y[t, j] = x[t, index[j]] */
+    HB_OP_HADAMARD = 14, /* every run of dim columns: y = H x / sqrt(dim), H the Hadamard matrix in Sylvester's order */
 };
 
 enum {
@@ -43,6 +44,7 @@ enum {
     HB_ATTR_ATTEND_CACHE = 0, /* u32 attribute of attend */
     HB_ATTR_ATTEND_SCALE = 1, /* f32 attribute of attend */
     HB_ATTR_ATTEND_SOFTCAP = 2, /* f32 attribute of attend */
+    HB_ATTR_HADAMARD_DIM = 0, /* u32 attribute of hadamard */
 };
 
 enum {
@@ -60,15 +62,106 @@ enum {
     HB_ENC_F32 = 1, /* IEEE binary32 */
     HB_ENC_F16 = 2, /* IEEE binary16 */
     HB_ENC_BF16 = 3, /* the upper half of binary32 */
+    HB_ENC_U32 = 4, /* numbers of columns (vectors only) */
     HB_ENC_Q8 = 16, /* int8, group 32, f16 scale: 8.5 bits */
     HB_ENC_Q4 = 17, /* 16 non-linear levels, group 32, 7-bit sub-scale and shift bit, E6M2 row scale: 4.25 bits + 8 per row */
+    HB_ENC_Q3 = 18, /* 8 non-linear levels, group 32, 7-bit sub-scale and shift bit, E6M2 row scale: 3.25 bits + 8 per row */
+    HB_ENC_Q2 = 19, /* 4 non-linear levels, group 32, 7-bit sub-scale and shift bit, E6M2 row scale: 2.25 bits + 8 per row */
+    HB_ENC_Q5 = 20, /* 32 non-linear levels, group 32, 7-bit sub-scale and shift bit, E6M2 row scale: 5.25 bits + 8 per row */
+    HB_ENC_Q6 = 21, /* 64 levels, group 32, 7-bit sub-scale and shift bit, E6M2 row scale: 6.25 bits + 8 per row */
     HB_ENC_I8 = 32, /* int8, symmetric */
     HB_ENC_I4 = 33, /* 4-bit, level = code - 8, symmetric */
     HB_ENC_A8 = 34, /* uint8 with a minimum */
     HB_ENC_A4 = 35, /* 4-bit with a minimum */
     HB_ENC_Z8 = 36, /* uint8 with an integer zero point */
     HB_ENC_Z4 = 37, /* 4-bit with an integer zero point */
+    HB_ENC_I2 = 40, /* 2-bit, symmetric; ternary uses -1, 0, 1 */
+    HB_ENC_I3 = 41, /* 3-bit, symmetric */
+    HB_ENC_I5 = 42, /* 5-bit, symmetric */
+    HB_ENC_I6 = 43, /* 6-bit, symmetric */
+    HB_ENC_A2 = 44, /* 2-bit with a minimum */
+    HB_ENC_A5 = 45, /* 5-bit with a minimum */
+    HB_ENC_Z2 = 46, /* 2-bit with an integer zero point */
+    HB_ENC_Z3 = 47, /* 3-bit with an integer zero point */
+    HB_ENC_N4 = 48, /* the 16 levels of q4 without shift (IQ4_NL, IQ4_XS) */
+    HB_ENC_M4 = 49, /* E2M1, doubled; bf16 scales hold 2^(e - 128) (MXFP4) */
+    HB_ENC_F8E4M3 = 64, /* 8-bit floats E4M3, scaled */
+    HB_ENC_F8E5M2 = 65, /* 8-bit floats E5M2, scaled */
 };
+
+enum {
+    HB_KIND_FLOAT = 0, /* of an encoding */
+    HB_KIND_CODES = 1, /* of an encoding */
+    HB_KIND_FLOAT8 = 2, /* of an encoding */
+    HB_KIND_INDEX = 3, /* of an encoding */
+};
+
+enum {
+    HB_SCALING_NONE = 0, /* plain numbers */
+    HB_SCALING_F16 = 1, /* a binary16 a group */
+    HB_SCALING_SUB7 = 2, /* a 7-bit sub-scale and shift bit a group, an E6M2 byte a row */
+    HB_SCALING_ANY = 3, /* the tensor's scale type */
+};
+
+enum {
+    HB_OFFSET_NONE = 0, /* of an encoding */
+    HB_OFFSET_MIN = 1, /* of an encoding */
+    HB_OFFSET_ZERO = 2, /* of an encoding */
+};
+
+enum {
+    HB_SCALE_TYPE_NONE = 0, /* of a tensor record */
+    HB_SCALE_TYPE_F32 = 1, /* of a tensor record */
+    HB_SCALE_TYPE_F16 = 2, /* of a tensor record */
+    HB_SCALE_TYPE_BF16 = 3, /* of a tensor record */
+    HB_SCALE_TYPE_K256 = 256, /* of a tensor record */
+};
+
+/* A row of HB_ENCODING_TABLE (`static const hb_encoding table[] = HB_ENCODING_TABLE;`). Codes have low_bits in plane
+   `codes` and high_bits in plane `high`; without levels the code is the level. HB_<name>_F16 are the values of 8-bit
+   floats, as binary16. */
+typedef struct hb_encoding {
+    uint16_t number;
+    uint8_t bits;
+    uint8_t kind;
+    uint8_t low_bits;
+    uint8_t high_bits;
+    uint8_t is_signed;
+    uint8_t group;
+    uint8_t scaling;
+    uint8_t offset;
+    uint8_t shift;
+    uint8_t level_count;
+    int8_t levels[64];
+} hb_encoding;
+
+#define HB_MAX_LEVELS 64
+#define HB_Q4_LEVELS {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}
+#define HB_Q4_SHIFT 4
+#define HB_Q3_LEVELS {-63, -40, -23, -10, 1, 13, 28, 47}
+#define HB_Q3_SHIFT 4
+#define HB_Q2_LEVELS {-31, -13, 1, 17}
+#define HB_Q2_SHIFT 5
+#define HB_Q5_LEVELS {-126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36, -30, -24, -18, -12, -6, -1, 5, 11, 17, 23, 29, 36, 43, 51, 59, 68, 77, 87, 97, 109, 121}
+#define HB_Q5_SHIFT 2
+#define HB_Q6_LEVELS {-128, -124, -120, -116, -112, -108, -104, -100, -96, -92, -88, -84, -80, -76, -72, -68, -64, -60, -56, -52, -48, -44, -40, -36, -32, -28, -24, -20, -16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 64, 68, 72, 76, 80, 84, 88, 92, 96, 100, 104, 108, 112, 116, 120, 124}
+#define HB_Q6_SHIFT 2
+#define HB_I4_LEVELS {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}
+#define HB_A4_LEVELS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#define HB_Z4_LEVELS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#define HB_I2_LEVELS {-2, -1, 0, 1}
+#define HB_I3_LEVELS {-4, -3, -2, -1, 0, 1, 2, 3}
+#define HB_I5_LEVELS {-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#define HB_I6_LEVELS {-32, -31, -30, -29, -28, -27, -26, -25, -24, -23, -22, -21, -20, -19, -18, -17, -16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31}
+#define HB_A2_LEVELS {0, 1, 2, 3}
+#define HB_A5_LEVELS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31}
+#define HB_Z2_LEVELS {0, 1, 2, 3}
+#define HB_Z3_LEVELS {0, 1, 2, 3, 4, 5, 6, 7}
+#define HB_N4_LEVELS {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}
+#define HB_M4_LEVELS {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}
+#define HB_F8E4M3_F16 {0x0, 0x1800, 0x1c00, 0x1e00, 0x2000, 0x2100, 0x2200, 0x2300, 0x2400, 0x2480, 0x2500, 0x2580, 0x2600, 0x2680, 0x2700, 0x2780, 0x2800, 0x2880, 0x2900, 0x2980, 0x2a00, 0x2a80, 0x2b00, 0x2b80, 0x2c00, 0x2c80, 0x2d00, 0x2d80, 0x2e00, 0x2e80, 0x2f00, 0x2f80, 0x3000, 0x3080, 0x3100, 0x3180, 0x3200, 0x3280, 0x3300, 0x3380, 0x3400, 0x3480, 0x3500, 0x3580, 0x3600, 0x3680, 0x3700, 0x3780, 0x3800, 0x3880, 0x3900, 0x3980, 0x3a00, 0x3a80, 0x3b00, 0x3b80, 0x3c00, 0x3c80, 0x3d00, 0x3d80, 0x3e00, 0x3e80, 0x3f00, 0x3f80, 0x4000, 0x4080, 0x4100, 0x4180, 0x4200, 0x4280, 0x4300, 0x4380, 0x4400, 0x4480, 0x4500, 0x4580, 0x4600, 0x4680, 0x4700, 0x4780, 0x4800, 0x4880, 0x4900, 0x4980, 0x4a00, 0x4a80, 0x4b00, 0x4b80, 0x4c00, 0x4c80, 0x4d00, 0x4d80, 0x4e00, 0x4e80, 0x4f00, 0x4f80, 0x5000, 0x5080, 0x5100, 0x5180, 0x5200, 0x5280, 0x5300, 0x5380, 0x5400, 0x5480, 0x5500, 0x5580, 0x5600, 0x5680, 0x5700, 0x5780, 0x5800, 0x5880, 0x5900, 0x5980, 0x5a00, 0x5a80, 0x5b00, 0x5b80, 0x5c00, 0x5c80, 0x5d00, 0x5d80, 0x5e00, 0x5e80, 0x5f00, 0x7e00, 0x8000, 0x9800, 0x9c00, 0x9e00, 0xa000, 0xa100, 0xa200, 0xa300, 0xa400, 0xa480, 0xa500, 0xa580, 0xa600, 0xa680, 0xa700, 0xa780, 0xa800, 0xa880, 0xa900, 0xa980, 0xaa00, 0xaa80, 0xab00, 0xab80, 0xac00, 0xac80, 0xad00, 0xad80, 0xae00, 0xae80, 0xaf00, 0xaf80, 0xb000, 0xb080, 0xb100, 0xb180, 0xb200, 0xb280, 0xb300, 0xb380, 0xb400, 0xb480, 0xb500, 0xb580, 0xb600, 0xb680, 0xb700, 0xb780, 0xb800, 0xb880, 0xb900, 0xb980, 0xba00, 0xba80, 0xbb00, 0xbb80, 0xbc00, 0xbc80, 0xbd00, 0xbd80, 0xbe00, 0xbe80, 0xbf00, 0xbf80, 0xc000, 0xc080, 0xc100, 0xc180, 0xc200, 0xc280, 0xc300, 0xc380, 0xc400, 0xc480, 0xc500, 0xc580, 0xc600, 0xc680, 0xc700, 0xc780, 0xc800, 0xc880, 0xc900, 0xc980, 0xca00, 0xca80, 0xcb00, 0xcb80, 0xcc00, 0xcc80, 0xcd00, 0xcd80, 0xce00, 0xce80, 0xcf00, 0xcf80, 0xd000, 0xd080, 0xd100, 0xd180, 0xd200, 0xd280, 0xd300, 0xd380, 0xd400, 0xd480, 0xd500, 0xd580, 0xd600, 0xd680, 0xd700, 0xd780, 0xd800, 0xd880, 0xd900, 0xd980, 0xda00, 0xda80, 0xdb00, 0xdb80, 0xdc00, 0xdc80, 0xdd00, 0xdd80, 0xde00, 0xde80, 0xdf00, 0xfe00}
+#define HB_F8E5M2_F16 {0x0, 0x100, 0x200, 0x300, 0x400, 0x500, 0x600, 0x700, 0x800, 0x900, 0xa00, 0xb00, 0xc00, 0xd00, 0xe00, 0xf00, 0x1000, 0x1100, 0x1200, 0x1300, 0x1400, 0x1500, 0x1600, 0x1700, 0x1800, 0x1900, 0x1a00, 0x1b00, 0x1c00, 0x1d00, 0x1e00, 0x1f00, 0x2000, 0x2100, 0x2200, 0x2300, 0x2400, 0x2500, 0x2600, 0x2700, 0x2800, 0x2900, 0x2a00, 0x2b00, 0x2c00, 0x2d00, 0x2e00, 0x2f00, 0x3000, 0x3100, 0x3200, 0x3300, 0x3400, 0x3500, 0x3600, 0x3700, 0x3800, 0x3900, 0x3a00, 0x3b00, 0x3c00, 0x3d00, 0x3e00, 0x3f00, 0x4000, 0x4100, 0x4200, 0x4300, 0x4400, 0x4500, 0x4600, 0x4700, 0x4800, 0x4900, 0x4a00, 0x4b00, 0x4c00, 0x4d00, 0x4e00, 0x4f00, 0x5000, 0x5100, 0x5200, 0x5300, 0x5400, 0x5500, 0x5600, 0x5700, 0x5800, 0x5900, 0x5a00, 0x5b00, 0x5c00, 0x5d00, 0x5e00, 0x5f00, 0x6000, 0x6100, 0x6200, 0x6300, 0x6400, 0x6500, 0x6600, 0x6700, 0x6800, 0x6900, 0x6a00, 0x6b00, 0x6c00, 0x6d00, 0x6e00, 0x6f00, 0x7000, 0x7100, 0x7200, 0x7300, 0x7400, 0x7500, 0x7600, 0x7700, 0x7800, 0x7900, 0x7a00, 0x7b00, 0x7c00, 0x7e00, 0x7e00, 0x7e00, 0x8000, 0x8100, 0x8200, 0x8300, 0x8400, 0x8500, 0x8600, 0x8700, 0x8800, 0x8900, 0x8a00, 0x8b00, 0x8c00, 0x8d00, 0x8e00, 0x8f00, 0x9000, 0x9100, 0x9200, 0x9300, 0x9400, 0x9500, 0x9600, 0x9700, 0x9800, 0x9900, 0x9a00, 0x9b00, 0x9c00, 0x9d00, 0x9e00, 0x9f00, 0xa000, 0xa100, 0xa200, 0xa300, 0xa400, 0xa500, 0xa600, 0xa700, 0xa800, 0xa900, 0xaa00, 0xab00, 0xac00, 0xad00, 0xae00, 0xaf00, 0xb000, 0xb100, 0xb200, 0xb300, 0xb400, 0xb500, 0xb600, 0xb700, 0xb800, 0xb900, 0xba00, 0xbb00, 0xbc00, 0xbd00, 0xbe00, 0xbf00, 0xc000, 0xc100, 0xc200, 0xc300, 0xc400, 0xc500, 0xc600, 0xc700, 0xc800, 0xc900, 0xca00, 0xcb00, 0xcc00, 0xcd00, 0xce00, 0xcf00, 0xd000, 0xd100, 0xd200, 0xd300, 0xd400, 0xd500, 0xd600, 0xd700, 0xd800, 0xd900, 0xda00, 0xdb00, 0xdc00, 0xdd00, 0xde00, 0xdf00, 0xe000, 0xe100, 0xe200, 0xe300, 0xe400, 0xe500, 0xe600, 0xe700, 0xe800, 0xe900, 0xea00, 0xeb00, 0xec00, 0xed00, 0xee00, 0xef00, 0xf000, 0xf100, 0xf200, 0xf300, 0xf400, 0xf500, 0xf600, 0xf700, 0xf800, 0xf900, 0xfa00, 0xfb00, 0xfc00, 0xfe00, 0xfe00, 0xfe00}
+#define HB_ENCODING_TABLE {{1, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, {0}}, {2, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, {0}}, {3, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, {0}}, {4, 32, 3, 0, 0, 0, 0, 0, 0, 0, 0, {0}}, {16, 8, 1, 8, 0, 1, 32, 1, 0, 0, 0, {0}}, {17, 4, 1, 4, 0, 0, 32, 2, 0, 4, 16, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}}, {18, 3, 1, 2, 1, 0, 32, 2, 0, 4, 8, {-63, -40, -23, -10, 1, 13, 28, 47}}, {19, 2, 1, 2, 0, 0, 32, 2, 0, 5, 4, {-31, -13, 1, 17}}, {20, 5, 1, 4, 1, 0, 32, 2, 0, 2, 32, {-126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36, -30, -24, -18, -12, -6, -1, 5, 11, 17, 23, 29, 36, 43, 51, 59, 68, 77, 87, 97, 109, 121}}, {21, 6, 1, 4, 2, 0, 32, 2, 0, 2, 64, {-128, -124, -120, -116, -112, -108, -104, -100, -96, -92, -88, -84, -80, -76, -72, -68, -64, -60, -56, -52, -48, -44, -40, -36, -32, -28, -24, -20, -16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 64, 68, 72, 76, 80, 84, 88, 92, 96, 100, 104, 108, 112, 116, 120, 124}}, {32, 8, 1, 8, 0, 1, 0, 3, 0, 0, 0, {0}}, {33, 4, 1, 4, 0, 0, 0, 3, 0, 0, 16, {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}}, {34, 8, 1, 8, 0, 0, 0, 3, 1, 0, 0, {0}}, {35, 4, 1, 4, 0, 0, 0, 3, 1, 0, 16, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}, {36, 8, 1, 8, 0, 0, 0, 3, 2, 0, 0, {0}}, {37, 4, 1, 4, 0, 0, 0, 3, 2, 0, 16, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}, {40, 2, 1, 2, 0, 0, 0, 3, 0, 0, 4, {-2, -1, 0, 1}}, {41, 3, 1, 2, 1, 0, 0, 3, 0, 0, 8, {-4, -3, -2, -1, 0, 1, 2, 3}}, {42, 5, 1, 4, 1, 0, 0, 3, 0, 0, 32, {-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}, {43, 6, 1, 4, 2, 0, 0, 3, 0, 0, 64, {-32, -31, -30, -29, -28, -27, -26, -25, -24, -23, -22, -21, -20, -19, -18, -17, -16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31}}, {44, 2, 1, 2, 0, 0, 0, 3, 1, 0, 4, {0, 1, 2, 3}}, {45, 5, 1, 4, 1, 0, 0, 3, 1, 0, 32, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31}}, {46, 2, 1, 2, 0, 0, 0, 3, 2, 0, 4, {0, 1, 2, 3}}, {47, 3, 1, 2, 1, 0, 0, 3, 2, 0, 8, {0, 1, 2, 3, 4, 5, 6, 7}}, {48, 4, 1, 4, 0, 0, 0, 3, 0, 0, 16, {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}}, {49, 4, 1, 4, 0, 0, 0, 3, 0, 0, 16, {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}}, {64, 8, 2, 8, 0, 0, 0, 3, 0, 0, 0, {0}}, {65, 8, 2, 8, 0, 0, 0, 3, 0, 0, 0, {0}}}
 
 enum {
     HB_TILE_ROWS = 0, /* rows */

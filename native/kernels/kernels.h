@@ -23,17 +23,27 @@ enum { /* unpacked codes, then scale, minimum and offset of every 4 columns, and
 
 /* A p16 matrix, taken apart into planes. `panel_*` are the bytes of one panel of 16 rows of a plane. */
 typedef struct hb_matrix {
+    const hb_encoding *e; /* its row of the encoding table */
     const uint8_t *codes; /* or the values of a float encoding */
+    /* Upper bits of codes of 3, 5 and 6 bits. Of this plane and those that follow, absent ones are NULL. */
+    const uint8_t *high;
     const uint8_t *scales;
     const uint8_t *mins;
     const uint8_t *zeros;
     const uint8_t *row;
+    const uint8_t *super, *supermin;
     uint32_t encoding, rows, cols, group, scale_type;
     uint32_t groups;           /* scales in a row */
     uint32_t block;            /* columns of one integer dot: min(32, group) */
     uint32_t blocks;           /* of a row */
     uint32_t blocks_per_group; /* blocks that share a scale */
-    size_t panel_codes, panel_scales, panel_zeros;
+    uint32_t groups_per_super; /* scales that share a super scale */
+    size_t panel_codes, panel_high, panel_scales, panel_zeros, panel_super;
+    /* The levels by what a kernel looks up: 2 bits, those of the first and of the second code of a nibble;
+     * 3 to 5 bits, the levels in order; 6 bits, those of the lower four and, for either code of a nibble,
+     * what the upper two add. */
+    int8_t tables[3][16];
+    const uint16_t *values; /* of 8-bit floats: those of the 256 codes, as binary16 */
 } hb_matrix;
 
 /* Quantised activations lie in strips of up to HB_STRIP tokens, so that a kernel reads them with one pointer:
@@ -101,6 +111,8 @@ typedef void hb_add_fn(const float *a, const float *b, float scale, uint32_t n, 
 typedef void hb_mul_fn(const float *a, const float *b, uint32_t n, float *y);
 typedef void hb_unary_fn(const float *x, uint32_t n, uint32_t function, float p, float *y);
 typedef void hb_glu_fn(const float *gate, const float *up, uint32_t n, uint32_t function, float *y);
+typedef void hb_gather_fn(const float *x, const uint32_t *index, uint32_t n, float *y);
+typedef void hb_hadamard_fn(const float *x, uint32_t width, uint32_t dim, float *y);
 typedef void hb_rope_fn(const float *x, uint32_t heads, uint32_t head_dim, uint32_t n, const float *cosine,
                         const float *sine, float *y);
 typedef void hb_kv_put_fn(const float *x, uint32_t n, uint32_t type, void *out, uint32_t stride);

@@ -258,7 +258,7 @@ HB_INLINE v16 v16_add(v16 a, v16 b) { HB_LANES(v16, a.v[i] + b.v[i]); }
 HB_INLINE v16 v16_sub(v16 a, v16 b) { HB_LANES(v16, a.v[i] - b.v[i]); }
 HB_INLINE v16 v16_mul(v16 a, v16 b) { HB_LANES(v16, a.v[i] * b.v[i]); }
 HB_INLINE v16 v16_div(v16 a, v16 b) { HB_LANES(v16, a.v[i] / b.v[i]); }
-HB_INLINE v16 v16_fma(v16 a, v16 b, v16 c) { HB_LANES(v16, hb_fma(a.v[i], b.v[i], c.v[i])); }
+HB_OUTLINE v16 v16_fma(v16 a, v16 b, v16 c) { HB_LANES(v16, hb_fma(a.v[i], b.v[i], c.v[i])); }
 HB_INLINE v16 v16_max(v16 a, v16 b) { HB_LANES(v16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 HB_INLINE v16 v16_min(v16 a, v16 b) { HB_LANES(v16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 HB_INLINE v16 v16_abs(v16 a) { HB_LANES(v16, hb_from_bits(hb_to_bits(a.v[i]) & 0x7fffffff)); }

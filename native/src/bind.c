@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "matrix.h"
 
 #define HB_KERNEL(op, family, isa, function) \
     {#op, #family, HB_ISA_##isa, #function, (void (*)(void))function},
@@ -25,87 +26,7 @@ const hb_kernel_row *hb_choose(const char *op, const char *family, int isa) {
     return NULL;
 }
 
-const char *hb_linear_family(uint32_t encoding, int policy) {
-    switch (encoding) {
-        case HB_ENC_F32:
-        case HB_ENC_F16:
-        case HB_ENC_BF16:
-            return "float";
-        default:
-            break;
-    }
-    if (policy == HB_POLICY_F32) return "dequantised";
-    switch (encoding) {
-        case HB_ENC_Q8:
-            return "q8";
-        case HB_ENC_Q4:
-            return "q4";
-        case HB_ENC_I8:
-        case HB_ENC_A8:
-        case HB_ENC_Z8:
-            return "affine8";
-        default:
-            return "affine4";
-    }
-}
-
 static size_t align_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-/* Takes a matrix apart (the arrangement of formats/tiles.py); a reason when it cannot. */
-static const char *open_matrix(const hb_weight *w, hb_matrix *m) {
-    static const struct {
-        uint32_t encoding, bits;
-        bool mins, zeros;
-    } table[] = {{HB_ENC_Q8, 8, false, false}, {HB_ENC_Q4, 4, false, false}, {HB_ENC_I8, 8, false, false},
-                 {HB_ENC_I4, 4, false, false}, {HB_ENC_A8, 8, true, false},  {HB_ENC_A4, 4, true, false},
-                 {HB_ENC_Z8, 8, false, true},  {HB_ENC_Z4, 4, false, true}};
-    memset(m, 0, sizeof *m);
-    if (w->tile != HB_TILE_P16 || !w->rows || !w->cols || !w->data) return "a matrix is not in p16 tiles";
-    m->encoding = w->encoding, m->rows = w->rows, m->cols = w->cols, m->group = w->group;
-    m->scale_type = w->scale_type, m->codes = w->data;
-    const size_t panels = align_up(w->rows, 16) / 16;
-    size_t need;
-    if (w->encoding == HB_ENC_F32 || w->encoding == HB_ENC_F16 || w->encoding == HB_ENC_BF16) {
-        m->panel_codes = (size_t)w->cols * 16 * (w->encoding == HB_ENC_F32 ? 4 : 2);
-        need = panels * m->panel_codes;
-    } else {
-        size_t i = 0, n = sizeof table / sizeof table[0];
-        while (i < n && table[i].encoding != w->encoding) i++;
-        if (i == n) return "a matrix has an encoding that this library does not know";
-        const bool q4 = w->encoding == HB_ENC_Q4;
-        if (!q4 && (w->scale_type < HB_ENC_F32 || w->scale_type > HB_ENC_BF16))
-            return "a matrix has unknown scales";
-        if (w->group != 0 && w->group % 32 != 0 && w->group != 4 && w->group != 8 && w->group != 16)
-            return "a matrix has a group that this library does not know";
-        const size_t scale = q4 ? 1 : w->scale_type == HB_ENC_F32 ? 4 : 2;
-        m->groups = w->group ? (uint32_t)(align_up(w->cols, w->group) / w->group) : 1;
-        m->block = w->group && w->group < 32 ? w->group : 32;
-        m->blocks = (uint32_t)(align_up(w->cols, m->block) / m->block);
-        m->blocks_per_group = w->group ? w->group / m->block : m->blocks;
-        m->panel_codes = align_up(w->cols, HB_COLUMN_PAD) * 16 * table[i].bits / 8;
-        m->panel_scales = m->groups * 16 * scale;
-        m->panel_zeros = (size_t)m->groups * 16;
-        size_t at = align_up(panels * m->panel_codes, HB_ALIGNMENT);
-        m->scales = m->codes + at;
-        need = at + panels * m->panel_scales;
-        if (table[i].mins) {
-            at = align_up(need, HB_ALIGNMENT);
-            m->mins = m->codes + at;
-            need = at + panels * m->panel_scales;
-        }
-        if (table[i].zeros) {
-            at = align_up(need, HB_ALIGNMENT);
-            m->zeros = m->codes + at;
-            need = at + panels * m->panel_zeros;
-        }
-        if (q4) {
-            at = align_up(need, HB_ALIGNMENT);
-            m->row = m->codes + at;
-            need = at + panels * 16;
-        }
-    }
-    return w->nbytes < need ? "a matrix has too few bytes" : NULL;
-}
 
 static float attr_float(const hb_op *op, int i) {
     float f;
@@ -132,7 +53,7 @@ static const char *bind_op(hb_program *p, hb_bound *b, const hb_weight *weights,
     const int vectors = op->code == HB_OP_LINEAR ? 1 : 0; /* where vector operands start */
     if (op->code == HB_OP_LINEAR || op->code == HB_OP_EMBED) {
         if (op->w[0] == HB_NONE) return "the matrix is missing";
-        const char *why = open_matrix(&weights[op->w[0]], &b->matrix);
+        const char *why = hb_open_matrix(&weights[op->w[0]], &b->matrix);
         if (why) return why;
     }
     const bool has_vectors =
@@ -146,8 +67,25 @@ static const char *bind_op(hb_program *p, hb_bound *b, const hb_weight *weights,
         if (i == 0) b->vector_cols = weights[w].cols;
     }
     switch (op->code) {
+        case HB_OP_GATHER: {
+            if (op->w[0] == HB_NONE) return "the index is missing";
+            const hb_weight *w = &weights[op->w[0]];
+            if (w->encoding != HB_ENC_U32 || w->tile != HB_TILE_ROWS ||
+                w->cols != p->slots[op->out[0]].width || w->nbytes < (uint64_t)w->cols * 4)
+                return "an index is not a u32 vector of the width of the output";
+            b->index = w->data;
+            for (uint32_t j = 0; j < w->cols; j++)
+                if (b->index[j] >= p->slots[op->in[0]].width) return "an index is beyond the input";
+            return NULL;
+        }
+        case HB_OP_HADAMARD: {
+            const uint32_t dim = op->attr[HB_ATTR_HADAMARD_DIM];
+            if (!dim || dim & (dim - 1) || p->slots[op->out[0]].width % dim)
+                return "the dim of a hadamard is wrong";
+            return NULL;
+        }
         case HB_OP_LINEAR: {
-            const char *family = hb_linear_family(b->matrix.encoding, p->policy);
+            const char *family = hb_linear_family(b->matrix.e, p->policy);
             const hb_kernel_row *row = hb_choose("linear", family, p->isa);
             if (!row) return "no kernel";
             b->linear = (hb_linear_fn *)row->function;
@@ -237,6 +175,8 @@ static void choose_kernels(hb_program *p) {
     CHOOSE(mul);
     CHOOSE(unary);
     CHOOSE(glu);
+    CHOOSE(gather);
+    CHOOSE(hadamard);
     CHOOSE(rope);
     CHOOSE(kv_put);
     CHOOSE(attend);

@@ -18,6 +18,8 @@ typedef struct hb_kernels {
     hb_mul_fn *mul;
     hb_unary_fn *unary;
     hb_glu_fn *glu;
+    hb_gather_fn *gather;
+    hb_hadamard_fn *hadamard;
     hb_rope_fn *rope;
     hb_kv_put_fn *kv_put;
     hb_attend_fn *attend;
@@ -31,7 +33,8 @@ typedef struct hb_bound {
     hb_matrix matrix;     /* LINEAR, EMBED */
     const float *vector[2];
     uint32_t vector_cols;
-    uint32_t angles; /* ROPE: which table of cosines and sines */
+    const uint32_t *index; /* GATHER */
+    uint32_t angles;       /* ROPE: which table of cosines and sines */
 } hb_bound;
 
 /* Cosines and sines of one step, shared by the ROPE records with the same frequencies and factor. */
@@ -73,7 +76,6 @@ extern const hb_kernel_row hb_kernel_rows[];
 extern const int hb_kernel_rows_count;
 
 const hb_kernel_row *hb_choose(const char *op, const char *family, int isa);
-const char *hb_linear_family(uint32_t encoding, int policy);
 
 /* Makes room for a step of `tokens` rows; false when memory is out. */
 bool hb_program_reserve(hb_program *program, uint32_t tokens);

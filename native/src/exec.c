@@ -94,6 +94,12 @@ static void row_task(void *context, uint32_t t, uint32_t worker) {
         case HB_OP_GLU:
             k->glu(x, x + width, width, op->attr[HB_ATTR_GLU_FUNCTION], y);
             return;
+        case HB_OP_GATHER:
+            k->gather(x, b->index, width, y);
+            return;
+        case HB_OP_HADAMARD:
+            k->hadamard(x, width, op->attr[HB_ATTR_HADAMARD_DIM], y);
+            return;
         case HB_OP_ROPE: {
             const hb_angles *a = &j->program->angles[b->angles];
             const float *table = a->table + (size_t)t * 2 * a->n;

@@ -44,8 +44,9 @@ typedef struct {
     unsigned cases, failures;
 } tally;
 
-static const char *const op_names[] = {"",    "embed", "pick", "rmsnorm", "layernorm", "linear", "add",
-                                       "mul", "unary", "glu",  "rope",    "kv_put",    "attend"};
+static const char *const op_names[] = {"",       "embed",  "pick",   "rmsnorm", "layernorm",
+                                       "linear", "add",    "mul",    "unary",   "glu",
+                                       "rope",   "kv_put", "attend", "gather",  "hadamard"};
 static uint8_t *file_bytes;
 static size_t file_size, file_at;
 

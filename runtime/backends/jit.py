@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,10 +24,24 @@ from halfbyte.formats.ops import BY_CODE
 from halfbyte.formats.program import PICKS, bits_f32
 from halfbyte.runtime.backends.backend import Backend, Step, operands
 from halfbyte.runtime.backends.reference import QUANT_GROUP
+from halfbyte.runtime.kv import KV
 
-_LOCK = threading.Lock()  # Numba's thread pool serves one caller at a time
+_LOCK = threading.Lock()  # the thread pool serves one step at a time
 _announced: list[bool] = []
 _PARALLEL_WORK = 1 << 15  # elements or multiply-adds below which waking threads costs more
+_SHARES, _MOST_AT_ONCE = 8, 32  # shares of a task that each thread takes in turn; indices in one at most
+# Plane of a matrix -> the words of its address and of the bytes of a panel, '' where another plane's serve.
+_PLANE_WORDS = {
+    "values": ("codes", "codes_panel"),
+    "codes": ("codes", "codes_panel"),
+    "high": ("high", "high_panel"),
+    "scales": ("scales", "scales_panel"),
+    "super": ("supers", "supers_panel"),
+    "mins": ("mins", ""),
+    "supermin": ("supermins", ""),
+    "zeros": ("zeros", ""),
+    "row": ("row", ""),
+}
 _PANELS_PER_TASK = 4  # of a prompt: the panels that share a tile of tokens while it is in the cache
 
 
@@ -64,10 +78,11 @@ def _announcing() -> Iterator[None]:
 @functools.cache
 def _compiled(factory: str, *choice: Any) -> Any:
     """A kernel by the name of its factory, shared by every backend of this process."""
-    from halfbyte.runtime.backends import jit_kernels, jit_rows
+    from halfbyte.runtime.backends import jit_kernels, jit_pool, jit_rows
 
-    make = getattr(jit_kernels, factory, None) or getattr(jit_rows, factory)
-    return make(*choice)
+    return next(getattr(m, factory) for m in (jit_kernels, jit_rows, jit_pool) if hasattr(m, factory))(
+        *choice
+    )
 
 
 class Jit(Backend):
@@ -77,16 +92,10 @@ class Jit(Backend):
 
     def bind(self) -> None:
         """Compile or load the kernels that the program needs and lay out its tasks."""
-        # libgomp, Numba's usual pool, spins for milliseconds between tasks unless told otherwise; on
-        # busy cores that costs more than the work. Read when the library is loaded.
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        import numba
+        from halfbyte.runtime.backends import jit_isa, jit_kernels, jit_pool, jit_tiles
 
-        from halfbyte.runtime.backends import jit_isa, jit_kernels, jit_tiles
-
-        limit: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 (set at run time)
-        self.threads: int = min(self.threads, limit)
+        self.threads: int = max(1, min(self.threads, jit_pool.MAX_THREADS))
+        self._pool = jit_pool.pool
         self.isa = jit_isa.choose_isa()
         self._halves = "half" if jit_isa.converts_halves(self.isa) else "soft"
         self._key = jit_kernels.digest()
@@ -106,13 +115,21 @@ class Jit(Backend):
             for record in self.file.program:
                 self._bind_record(record)
                 self._first_task.append(len(self._rows))
-            self._run = _compiled("make_driver", self._key, self.threads > 1)
+            self._run, self._serve = (_compiled(name, self._key) for name in ("make_run", "make_serve"))
         self._table = np.array(self._rows, np.int64)
         self._is_picked = np.array(self._picked)
         self._row_work = np.array(self._work, np.int64)
+        self._cached_tasks = (
+            np.array([task for task, _, _ in self._cached], np.int64),
+            np.array([cache for _, cache, _ in self._cached], np.int64),
+            np.array([task for task, _, name in self._cached if name == "make_attend"], np.int64),
+        )
+        self._kernels: dict[str, np.ndarray] = {}  # of those tasks, by stored type
+        self._sessions: weakref.WeakKeyDictionary[KV, tuple[list[np.ndarray], np.ndarray]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._bound_arena: Any = None
         self._scratch: dict[str, np.ndarray] = {}
-        self._counter = np.zeros(16, np.int64)  # a cache line of its own
 
     # ---- binding --------------------------------------------------------------------------------
 
@@ -172,6 +189,10 @@ class Jit(Backend):
             kernel = _compiled("make_rope", self._key)
             task = self._task(kernel, out, ins, width, width=width, dim=attrs["head_dim"], half=n)
             self._ropes.append((task, ws[0], attrs["mscale"]))
+        elif op.name in ("gather", "hadamard"):
+            kernel = _compiled(f"make_{op.name}", self._key)
+            words = {"weight": self._vector(ws[0])} if ws[0] is not None else {"dim": attrs["dim"]}
+            self._task(kernel, out, ins, width, width=width, **words)
         else:
             kernel = _compiled(f"make_{op.name}", self._key)
             task = self._task(kernel, out, ins, width, width=width, scale=_f64(attrs.get("scale", 0.0)))
@@ -184,25 +205,30 @@ class Jit(Backend):
         group = tensor.group or cols
         whole = -(-cols // QUANT_GROUP) * QUANT_GROUP
         block = QUANT_GROUP if tensor.group == encodings.WHOLE_ROW else min(QUANT_GROUP, group)
-        single = not e.is_float and group == block
+        single = e.is_integer and group == block
         spec = self._w.MatrixSpec(
             self.isa, self._halves, self.policy, e.name, tensor.scale_type, block, single, self._key
         )
-        names = {"values": "codes"}
         words = {"width": cols, "groups": encodings.group_count(cols, 0 if e.is_float else tensor.group)}
         words |= {"out": rows, "blocks": -(-cols // block), "block": block, "xq_row": whole}
         words["xd_row"] = whole // QUANT_GROUP * 4
         base = _address(self.file.raw(tensor))
         for plane in tensor.planes:
-            name = names.get(plane.name, plane.name)
-            words[name] = base + plane.offset
-            if name in ("codes", "scales"):
-                words[f"{name}_panel"] = plane.panel_bytes
+            word, panel_word = _PLANE_WORDS[plane.name]
+            words[word] = base + plane.offset
+            if panel_word:
+                words[panel_word] = plane.panel_bytes
         return spec, words
+
+    @staticmethod
+    def _dequantised(spec: Any) -> Any:
+        """The spec of a kernel without integer dots, freed of what such a kernel does not depend on."""
+        block = spec.block if spec.scale_type == encodings.K256 else 0
+        return spec._replace(policy="f32", block=block, single=False)
 
     def _bind_embed(self, out: int, ins: list[int], table: Tensor, bias: int | None) -> None:
         spec, words = self._matrix(table)
-        kernel = _compiled("make_embed", spec._replace(policy="f32", block=0, single=False))
+        kernel = _compiled("make_embed", self._dequantised(spec))
         words["per_group"] = table.group or table.shape[1]
         self._ids.append((self._task(kernel, out, ins, table.shape[1], **words), 0))
         self._table_rows = min(self._table_rows, table.shape[0])
@@ -211,14 +237,13 @@ class Jit(Backend):
         spec, words = self._matrix(matrix)
         rows, cols = matrix.shape
         group = matrix.group or cols
-        is_float = encodings.BY_NAME[matrix.encoding].is_float
-        quantized = self.policy == "i8g32" and not is_float
+        quantized = self.policy == "i8g32" and encodings.BY_NAME[matrix.encoding].is_integer
         if quantized:
             kernel = _compiled("make_quantize", self.isa, self._key)
             self._quantized.append(self._task(kernel, None, ins, cols, **words))
             words["per_group"] = -(-group // spec.block)
         else:
-            spec = spec._replace(policy="f32", block=0, single=False)
+            spec = self._dequantised(spec)
             words["per_group"] = -(-group // 4)
         task = self._task(_compiled("make_linear", spec), out, ins, rows * cols, **words)
         self._rows[task][self._w.BIAS] = self._vector(bias)
@@ -249,19 +274,14 @@ class Jit(Backend):
 
     def run_range(self, step: Step, first: int, last: int) -> None:
         """Execute records first <= i < last. Several Python threads may call; they take turns."""
-        import numba
-
         if first >= last:
             return
         with _LOCK:
             self._prepare(step)
             first_task, last_task = self._first_task[first], self._first_task[last]
-            if self.threads > 1:
-                before = numba.get_num_threads()
-                numba.set_num_threads(self.threads)
-            self._run(_address(self._table), first_task, last_task, self.threads, _address(self._counter))
-            if self.threads > 1:
-                numba.set_num_threads(before)
+            self._pool().run(
+                self._run, self._serve, _address(self._table), first_task, last_task, self.threads
+            )
 
     def _grown(self, name: str, count: int, dtype: type) -> int:
         """Address of a scratch array of at least `count` items."""
@@ -287,8 +307,10 @@ class Jit(Backend):
         rows = np.where(self._is_picked, r, T)
         table[:, w.ROWS] = rows
         table[:, w.SPAN] = np.where(rows < 4, 1, _PANELS_PER_TASK)
-        table[:, w.COUNT] = [count(n) for count, n in zip(self._counts, rows.tolist())]
-        table[:, w.PARALLEL] = (rows * self._row_work >= _PARALLEL_WORK) & (self.threads > 1)
+        counts = np.array([count(n) for count, n in zip(self._counts, rows.tolist())])
+        table[:, w.COUNT] = counts
+        chunk = np.clip(counts // (self.threads * _SHARES), 1, _MOST_AT_ONCE)
+        table[:, w.CHUNK] = np.where(rows * self._row_work >= _PARALLEL_WORK, chunk, 0)
         for task, which in self._ids:
             table[task, w.IDS] = _address((ids, picks)[which])
         self._prepare_quantized(max(T, r))
@@ -326,16 +348,17 @@ class Jit(Backend):
     def _prepare_ropes(self, positions: np.ndarray) -> None:
         """Cosines and sines of the step, in NumPy as the reference does."""
         w = self._w
-        self._angles: dict[tuple[int, float], tuple[np.ndarray, np.ndarray]] = {}
+        self._angles: list[np.ndarray] = []
+        known: dict[tuple[int, float], tuple[int, int]] = {}
         for task, tensor, mscale in self._ropes:
             key = (tensor, mscale)
-            if key not in self._angles:
+            if key not in known:
                 freq = self.file.dequantize(self.file.tensors[tensor]).astype(np.float64)
                 angle = positions.astype(np.float64)[:, None] * freq
                 cos, sin = ((f(angle) * mscale).astype(np.float32) for f in (np.cos, np.sin))
-                self._angles[key] = cos, sin
-            cos, sin = self._angles[key]
-            self._table[task, w.COS], self._table[task, w.SIN] = _address(cos), _address(sin)
+                self._angles += cos, sin
+                known[key] = _address(cos), _address(sin)
+            self._table[task, w.COS], self._table[task, w.SIN] = known[key]
 
     def _prepare_caches(self, step: Step, positions: np.ndarray, sessions: np.ndarray) -> None:
         """Addresses of every session's keys and values, and the kernels for their type."""
@@ -344,30 +367,42 @@ class Jit(Backend):
         if len(kinds) != 1:
             raise UsageError("the sessions of one step must have one kv mode")
         kind = kinds.pop()
-        n = len(step.kvs)
-        self._kv = np.empty((len(self.file.caches), n, 3), np.int64)
-        for j, kv in enumerate(step.kvs):
-            for c in range(len(self.file.caches)):
-                self._kv[c, j] = _address(kv.k[c]), _address(kv.v[c]), kv.k[c].shape[1]
+        if kind not in self._kernels:
+            self._kernels[kind] = self._cache_kernels(kind)
+        tasks, caches, attends = self._cached_tasks
+        self._kv = np.ascontiguousarray(np.stack([self._kv_addresses(kv) for kv in step.kvs], axis=1))
         longest = int(positions.max()) + 1 if len(positions) else 0
         row = tiles.align(longest, 16) + 16
-        shares = int(table[[task for task, _, _ in self._cached], w.HALF].max())
-        scratch = self._grown("attend", row * shares * self.threads, np.float32)
-        spec = f"{self.isa}|{self._halves}|{self._key}"
-        base = _address(self._kv)
-        reads = int(positions.astype(np.int64).sum()) + len(positions)
-        with _announcing():
-            for task, _, name in self._cached:
-                share = (int(table[task, w.HALF]),) if name == "make_attend" else ()
-                table[task, w.KERNEL] = _compiled(name, spec, kind, *share).address
-        for task, cache, _ in self._cached:
-            table[task, w.KV] = base + cache * n * 24
-        tasks = [task for task, _, _ in self._cached]
+        shares = int(table[tasks, w.HALF].max())
+        table[tasks, w.KERNEL] = self._kernels[kind]
+        table[tasks, w.KV] = _address(self._kv) + caches * self._kv.strides[0]
         table[tasks, w.POSITIONS], table[tasks, w.SESSIONS] = _address(positions), _address(sessions)
-        table[tasks, w.SCRATCH], table[tasks, w.SCRATCH_ROW] = scratch, row
-        attends = [task for task, _, name in self._cached if name == "make_attend"]
-        table[attends, w.PARALLEL] = (reads * self._row_work[attends] >= _PARALLEL_WORK) & (self.threads > 1)
+        table[tasks, w.SCRATCH] = self._grown("attend", row * shares * self.threads, np.float32)
+        table[tasks, w.SCRATCH_ROW] = row
+        reads = int(positions.astype(np.int64).sum()) + len(positions)
+        table[attends, w.CHUNK] = reads * self._row_work[attends] >= _PARALLEL_WORK
+
+    def _cache_kernels(self, kind: str) -> np.ndarray:
+        """Addresses of the kernels of the tasks that use caches of this stored type."""
+        spec = f"{self.isa}|{self._halves}|{self._key}"
+        shares = self._table[:, self._w.HALF].tolist()
+        with _announcing():
+            return np.array(
+                [
+                    _compiled(name, spec, kind, *([shares[task]] if name == "make_attend" else [])).address
+                    for task, _, name in self._cached
+                ]
+            )
+
+    def _kv_addresses(self, kv: KV) -> np.ndarray:
+        """int64[caches, 3]: keys, values and capacity of a session, kept until an array is replaced."""
+        arrays = [*kv.k, *kv.v]
+        known = self._sessions.get(kv)
+        if known is None or len(known[0]) != len(arrays) or any(a is not b for a, b in zip(known[0], arrays)):
+            rows = [(_address(k), _address(v), k.shape[1]) for k, v in zip(kv.k, kv.v)]
+            known = self._sessions[kv] = arrays, np.array(rows, np.int64)
+        return known[1]
 
     def describe(self) -> dict[str, object]:
-        """Adds the ISA of the kernels and Numba's threading layer limit."""
+        """Adds the ISA of the kernels."""
         return {**super().describe(), "isa": self.isa, "half": self._halves}

@@ -5,6 +5,7 @@ A `spec` is a literal string "isa|half or soft|..." of the caller; addresses are
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -241,11 +242,59 @@ def call_kernel(typingctx: Any, address: Any, args: Any, index: Any, worker: Any
 
 
 @intrinsic
-def fetch_add(typingctx: Any, address: Any) -> Any:
-    """The int64 at an address, which one thread at a time increments."""
+def call_function(typingctx: Any, address: Any) -> Any:
+    """Call the C function without arguments at an address, unless that is 0."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        p = builder.inttoptr(values[0], I64.as_pointer())
-        return builder.atomic_rmw("add", p, ir.Constant(I64, 1), "monotonic")
+        with builder.if_then(builder.icmp_unsigned("!=", values[0], ir.Constant(I64, 0))):
+            ty = ir.FunctionType(ir.IntType(32), [])
+            builder.call(builder.inttoptr(values[0], ty.as_pointer()), [])
+        return context.get_dummy_value()
 
-    return types.int64(types.int64), generate
+    return types.void(types.int64), generate
+
+
+_PAUSES = {
+    "x86_64": ("llvm.x86.sse2.pause", ()),
+    "amd64": ("llvm.x86.sse2.pause", ()),
+    "aarch64": ("llvm.aarch64.hint", (ir.Constant(ir.IntType(32), 1),)),
+    "arm64": ("llvm.aarch64.hint", (ir.Constant(ir.IntType(32), 1),)),
+}
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """The instruction for waiting loops, where the machine has one."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        name, args = _PAUSES.get(platform.machine().lower(), ("", ()))
+        if name:
+            Emitter(builder, "scalar", False).call(name, ir.VoidType(), *args)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _atomic(parameters: int, emit: Callable) -> Callable:
+    """An intrinsic on the int64 at an address, sequentially consistent."""
+    i = types.int64
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        return emit(builder, builder.inttoptr(values[0], I64.as_pointer()), *values[1:])
+
+    if parameters == 0:
+        return intrinsic(lambda typingctx, address: (i(i), generate))
+    if parameters == 1:
+        return intrinsic(lambda typingctx, address, x: (i(i, i), generate))
+    return intrinsic(lambda typingctx, address, x, y: (types.boolean(i, i, i), generate))
+
+
+def _store(b: ir.IRBuilder, p: ir.Value, x: ir.Value) -> ir.Value:
+    b.store_atomic(x, p, "seq_cst", 8)
+    return x
+
+
+atomic_load = _atomic(0, lambda b, p: b.load_atomic(p, "seq_cst", 8))
+atomic_store = _atomic(1, _store)
+atomic_add = _atomic(1, lambda b, p, x: b.atomic_rmw("add", p, x, "seq_cst"))  # gives the old value
+compare_swap = _atomic(2, lambda b, p, x, y: b.extract_value(b.cmpxchg(p, x, y, "seq_cst", "seq_cst"), 1))

@@ -256,9 +256,15 @@ class Emitter:
         return self.call("llvm.x86.avx2.pmadd.wd", word, pairs, self.vector(I16, 1))
 
     def lookup(self, table: Sequence[int], index: ir.Value) -> ir.Value:
-        """Byte table lookup: <16 x i32> of byte indices 0..15 -> <16 x i32> of table bytes."""
-        b = self.b
-        values = [v & 255 for v in table]
+        """Byte table lookup: <16 x i32> of byte indices -> <16 x i32> of table bytes (at most 16, or 2^n)."""
+        b, half = self.b, len(table) // 2
+        if half >= LANES:
+            low = b.and_(index, self.const(VI32, (half - 1) * 0x01010101))
+            chosen = b.and_(self.as_bytes(index), self.vector(I8, half, 64))
+            upper, lower = (self.as_bytes(self.lookup(t, low)) for t in (table[half:], table[:half]))
+            mask = b.icmp_unsigned("!=", chosen, self.vector(I8, 0, 64))
+            return b.bitcast(b.select(mask, upper, lower), VI32)
+        values = [v & 255 for v in table] + [0] * (LANES - len(table))
         how = {
             "avx512vnni": (1, "llvm.x86.avx512.pshuf.b.512"),
             "avxvnni": (2, "llvm.x86.avx2.pshuf.b"),

@@ -1,4 +1,4 @@
-"""The JIT kernels that read matrices, one factory an op (jit_rows.py has the rest), and the task driver.
+"""The JIT kernels that read matrices, one factory an op (jit_rows.py has the rest).
 
 Every kernel is a C function `void(int64 *args, int64 index, int64 worker)` compiled by Numba and kept
 in its disk cache; `args` is laid out in jit_tiles.py. A row's results depend on nothing but the row:
@@ -16,17 +16,14 @@ from typing import Any
 import numba
 import numpy as np
 
-from halfbyte.formats import encodings, ops
+from halfbyte.formats import encodings, ops, tiles
 from halfbyte.runtime.backends import jit_tiles as w
 from halfbyte.runtime.backends.jit_intrinsics import (
     bits_f32,
-    call_kernel,
     f32_at,
     f32_bits,
-    fetch_add,
     i8_at,
     i32_at,
-    i64_at,
     keyed,
     load_value,
     u8_at,
@@ -36,6 +33,7 @@ from halfbyte.runtime.backends.jit_tiles import MatrixSpec, matrix_tile, token_t
 _SIGNATURE = "void(CPointer(int64), int64, int64)"
 _TINY_BITS = int(np.float32(2.0**-100).view(np.int32))
 _ROUND = np.float32(1.5 * 2**23)
+_SUPER = encodings.SUPER
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +41,7 @@ def digest() -> str:
     """Of the sources that kernels are made of: Numba's cache looks at one file only."""
     h = hashlib.sha256()
     here = Path(__file__).resolve().parent
-    for path in (*sorted(here.glob("jit*.py")), Path(encodings.__file__), Path(ops.__file__)):
+    for path in (*sorted(here.glob("jit*.py")), *(Path(m.__file__) for m in (encodings, ops, tiles))):
         h.update(path.read_bytes())
     return h.hexdigest()[:16]
 
@@ -63,32 +61,9 @@ def kernel(function: Callable) -> Any:
     return _compile(numba.cfunc, _SIGNATURE, function)
 
 
-def make_driver(key: str, parallel: bool) -> Any:
-    """run(table, first, last, threads, counter): tasks first <= i < last, each after the one before.
-
-    Indices of a task are handed out one at a time, so that a busy core delays nobody.
-    """
-    kind = f"{key}|{parallel}"
-
-    def run(table, first, last, threads, counter):
-        keyed(kind)
-        for task in range(first, last):
-            args = table + task * (w.WORDS * 8)
-            a = i64_at(args)
-            kernel, n = a[w.KERNEL], a[w.COUNT]
-            if threads == 1 or n == 1 or a[w.PARALLEL] == 0:
-                for i in range(n):
-                    call_kernel(kernel, args, i, 0)
-            else:
-                i64_at(counter)[0] = 0
-                for worker in numba.prange(threads):
-                    i = fetch_add(counter)
-                    while i < n:
-                        call_kernel(kernel, args, i, worker)
-                        i = fetch_add(counter)
-
-    signature = "void(int64, int64, int64, int64, int64)"
-    return _compile(numba.njit, signature, run, parallel=parallel, nogil=True)
+def compiled(signature: str, function: Callable) -> Any:
+    """A function for Python to call; it runs without the interpreter's lock."""
+    return _compile(numba.njit, signature, function, nogil=True)
 
 
 # ---- matrices -----------------------------------------------------------------------------------
@@ -97,7 +72,7 @@ def make_driver(key: str, parallel: bool) -> Any:
 def make_linear(spec: MatrixSpec) -> Any:
     """linear: index = a run of SPAN panels; token tiles outside, so that both stay in the cache."""
     text = spec.text
-    integer = spec.policy == "i8g32" and not encodings.BY_NAME[spec.encoding].is_float
+    integer = spec.policy == "i8g32" and encodings.BY_NAME[spec.encoding].is_integer
     big = token_tiles(spec.isa, integer)[0]
     middle = big > 4
 
@@ -184,15 +159,25 @@ def make_quantize(isa: str, key: str) -> Any:
     return kernel(quantize)
 
 
+def level_values(encoding: encodings.Encoding) -> np.ndarray:
+    """float32 levels of an encoding by the byte of the code."""
+    if encoding.levels is not None:
+        return np.array(encoding.levels, np.float32)
+    return np.arange(256).astype(np.int8 if encoding.signed else np.uint8).astype(np.float32)
+
+
 def make_embed(spec: MatrixSpec) -> Any:
     """embed: row `index` = dequantised row ids[index] of the table."""
     text, enc = spec.text, encodings.BY_NAME[spec.encoding]
-    kind = enc.name if enc.is_float else (spec.scale_type or "f32")
-    size = encodings.FLOAT_BYTES[kind]
-    plain, bits, signed, row_scale = enc.is_float, enc.bits, enc.signed, enc.row_scale
+    two_level = spec.scale_type == encodings.K256
+    kind = enc.name if enc.is_float else "f32" if two_level else spec.scale_type or "f32"
+    size = 1 if two_level or enc.row_scale else encodings.FLOAT_BYTES[kind]
+    plain, row_scale, step = enc.is_float, enc.row_scale, enc.shift
     has_min, has_zero = enc.offset == "min", enc.offset == "zero"
-    levels = enc.levels or tuple(range(16))
-    step = encodings.Q4_SHIFT
+    low, high = tiles.CODE_BITS[enc.bits] if enc.has_codes else (8, 0)
+    low_fields, high_fields = 8 // low, 8 // (high or 8)
+    low_mask, high_mask = (1 << low) - 1, (1 << high) - 1
+    levels = level_values(enc)
 
     def embed(a, t, worker):
         width, groups = a[w.WIDTH], a[w.GROUPS]
@@ -204,37 +189,47 @@ def make_embed(spec: MatrixSpec) -> Any:
             for c in range(width):
                 y[c] = load_value(text, kind, base + (c * 16 + lane) * size)
             return
-        codes = u8_at(base)
+        codes, more = u8_at(base), u8_at(a[w.HIGH] + panel * a[w.HIGH_PANEL])
         group = a[w.PER_GROUP]  # columns here
         for g in range(groups):
             index = g * 16 + lane
-            shift, low = numba.int32(0), numba.float32(0.0)
+            shift, floor = numba.float32(0.0), numba.float32(0.0)
+            at = panel * a[w.SCALES_PANEL] + index * size
             if row_scale:
-                raw = numba.int32(u8_at(a[w.SCALES] + panel * a[w.SCALES_PANEL])[index])
+                raw = numba.int32(u8_at(a[w.SCALES] + at)[0])
                 r = numba.int32(u8_at(a[w.ROW] + panel * 16)[lane])
                 scale = numba.float32(0.0)
                 if r:
                     scale = bits_f32(numba.int32(((r >> 2) + 67) << 23 | (r & 3) << 21))
                 s = scale * numba.float32((raw & 254) - 127)
-                shift = numba.int32(step * (raw & 1))
+                shift = numba.float32(step * (raw & 1))
+            elif two_level:
+                wide = panel * a[w.SUPERS_PANEL] + (g * group // _SUPER * 16 + lane) * 2
+                s = load_value(text, "f16", a[w.SUPERS] + wide)
+                if has_min:
+                    s = s * numba.float32(u8_at(a[w.SCALES] + at)[0])
+                    low_scale = load_value(text, "f16", a[w.SUPERMINS] + wide)
+                    floor = -(low_scale * numba.float32(u8_at(a[w.MINS] + at)[0]))
+                else:
+                    s = s * numba.float32(i8_at(a[w.SCALES] + at)[0])
             else:
-                at = panel * a[w.SCALES_PANEL] + index * size
                 s = load_value(text, kind, a[w.SCALES] + at)
                 if has_min:
-                    low = load_value(text, kind, a[w.MINS] + at)
+                    floor = load_value(text, kind, a[w.MINS] + at)
                 if has_zero:
-                    shift = -numba.int32(u8_at(a[w.ZEROS] + panel * groups * 16)[index])
+                    shift = -numba.float32(u8_at(a[w.ZEROS] + panel * groups * 16)[index])
             for c in range(g * group, min((g + 1) * group, width)):
-                if bits == 8:
-                    code = numba.int32(codes[((c >> 2) * 16 + lane) * 4 + (c & 3)])
-                    if signed and code > 127:
-                        code -= numba.int32(256)
-                else:
-                    byte = codes[((c >> 3) * 16 + lane) * 4 + (c & 3)]
-                    code = numba.int32(levels[(byte >> (c & 4)) & 15])
-                value = s * numba.float32(code + shift)
+                quad, j = c >> 2, lane * 4 + (c & 3)
+                code = codes[quad // low_fields * 64 + j] >> (quad % low_fields * low) & low_mask
+                if high:
+                    top = more[quad // high_fields * 64 + j] >> (quad % high_fields * high) & high_mask
+                    code |= top << low
+                level = levels[code]
+                if row_scale or has_zero:
+                    level = level + shift
+                value = s * level
                 if has_min:
-                    value = value + low
+                    value = value + floor
                 y[c] = value
 
     return kernel(embed)

@@ -177,6 +177,44 @@ def make_rope(key: str) -> Any:
     return kernel(rope)
 
 
+def make_gather(key: str) -> Any:
+    """gather of row `index`; word WEIGHT is the uint32 index vector, which the file's reader has checked."""
+
+    def gather(a, t, worker):
+        keyed(key)
+        x = f32_at(a[w.X] + t * a[w.X_STRIDE] * 4)
+        y = f32_at(a[w.Y] + t * a[w.Y_STRIDE] * 4)
+        order = i32_at(a[w.WEIGHT])  # below 2^22, the widest slot
+        for c in range(a[w.WIDTH]):
+            y[c] = x[order[c]]
+
+    return kernel(gather)
+
+
+def make_hadamard(key: str) -> Any:
+    """hadamard of row `index`: sums and differences of columns 1, 2, 4, ... apart, then the scale."""
+
+    def hadamard(a, t, worker):
+        keyed(key)
+        dim, width = a[w.DIM], a[w.WIDTH]
+        x = f32_at(a[w.X] + t * a[w.X_STRIDE] * 4)
+        y = f32_at(a[w.Y] + t * a[w.Y_STRIDE] * 4)
+        for c in range(width):
+            y[c] = x[c]
+        apart = 1
+        while apart < dim:
+            for start in range(0, width, 2 * apart):
+                for c in range(start, start + apart):
+                    u, v = y[c], y[c + apart]
+                    y[c], y[c + apart] = u + v, u - v
+            apart *= 2
+        scale = numba.float32(1.0 / math.sqrt(dim))
+        for c in range(width):
+            y[c] = y[c] * scale
+
+    return kernel(hadamard)
+
+
 def make_kv_put(spec: str, kind: str) -> Any:
     """kv_put of row `index`: words KV are (k, v, capacity) of every session."""
     size = encodings.FLOAT_BYTES[kind]

@@ -13,11 +13,12 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from halfbyte.formats.encodings import BY_NAME, FLOAT_BYTES, Q4_SHIFT
-from halfbyte.runtime.backends.jit_isa import F32, I8, I32, I64, LANES, UNSIGNED_DOT, VF32, VI32, Emitter
+from halfbyte.formats.encodings import BY_NAME, FLOAT_BYTES, K256, SUPER
+from halfbyte.formats.tiles import CODE_BITS
+from halfbyte.runtime.backends.jit_isa import F32, I8, I16, I32, I64, LANES, UNSIGNED_DOT, VF32, VI32, Emitter
 
-# Words of every task: the kernel's address, how many indices, whether they are worth several threads.
-KERNEL, COUNT, PARALLEL, ROWS = 0, 1, 2, 3
+# Words of every task: the kernel's address, how many indices, how many a thread takes at a time (0: run alone).
+KERNEL, COUNT, CHUNK, ROWS = 0, 1, 2, 3
 X, X_STRIDE, Y, Y_STRIDE, WIDTH, X2, X2_STRIDE = 4, 5, 6, 7, 8, 9, 10
 # Matrices and the linear op.
 CODES, CODES_PANEL, SCALES, SCALES_PANEL, MINS, ZEROS, ROW = 11, 12, 13, 14, 15, 16, 17
@@ -25,13 +26,18 @@ OUT, GROUPS, PER_GROUP, BLOCKS, BIAS, XQ, XQ_ROW, XD, XD_ROW, XSUM, SPAN, BLOCK 
 # Vectors and the other ops (floats are the bits of a float64).
 WEIGHT, SHIFT, DIM, EPS, COS, SIN, HALF, SCALE, CAP, IDS = range(30, 40)
 POSITIONS, SESSIONS, KV, KV_SESSIONS, KV_HEADS, K_DIM, V_DIM, WINDOW, SCRATCH, SCRATCH_ROW = range(40, 50)
-WORDS = 50
+# Planes that some encodings have.
+HIGH, HIGH_PANEL, SUPERS, SUPERS_PANEL, SUPERMINS = range(50, 55)
+WORDS = 56
 
 _AHEAD = 4096  # bytes
 
 
 class MatrixSpec(NamedTuple):
-    """How a kernel reads a matrix. `block`: columns of one integer dot; `single`: one block per group."""
+    """How a kernel reads a matrix.
+
+    block: columns of one integer dot (for k256 in the float kernels: of a group); single: one block per group.
+    """
 
     isa: str
     halves: str  # 'half' | 'soft'
@@ -65,29 +71,63 @@ def token_tiles(isa: str, integer: bool) -> tuple[int, ...]:
     return (12, 4, 1) if integer and isa == "avx512vnni" else (4, 1)
 
 
+def splat_byte(value: int) -> int:
+    """The int32 of which every byte is `value`."""
+    word = value * 0x01010101
+    return word - (1 << 32) if word >> 31 else word
+
+
 class _Matrix:
     """The planes of one panel of the matrix that `args` describes."""
 
     def __init__(self, e: Emitter, spec: MatrixSpec, args: ir.Value, panel: ir.Value):
         self.e, self.spec, self.args = e, spec, args
-        self.encoding = BY_NAME[spec.encoding]
+        self.encoding = enc = BY_NAME[spec.encoding]
         self.codes = e.offset(self.word(CODES), e.scaled(panel, self.word(CODES_PANEL)))
-        if self.encoding.is_float:
+        if not enc.has_codes:
             return
+        low, high = CODE_BITS[enc.bits]
+        self.planes = [(self.codes, low, 0)]  # address, bits of a field, their place in the code
+        if high:
+            at = e.offset(self.word(HIGH), e.scaled(panel, self.word(HIGH_PANEL)))
+            self.planes.append((at, high, low))
         at = e.scaled(panel, self.word(SCALES_PANEL))
         self.scales = e.offset(self.word(SCALES), at)
         self.mins = e.offset(self.word(MINS), at)
+        at = e.scaled(panel, self.word(SUPERS_PANEL))
+        self.supers = e.offset(self.word(SUPERS), at)
+        self.supermins = e.offset(self.word(SUPERMINS), at)
         self.zeros = e.offset(self.word(ZEROS), e.scaled(e.scaled(panel, self.word(GROUPS)), LANES))
-        if self.encoding.row_scale:
+        if enc.row_scale:
             self.row_scale = self._e6m2(e.offset(self.word(ROW), e.scaled(panel, LANES)))
+        if enc.is_integer:
+            self._choose_operands()
+
+    def _choose_operands(self) -> None:
+        """How code bytes become operands of the dot: level = operand + constant, in steps or by table.
+
+        The operand is uint8 or int8, as the ISA wants (UNSIGNED_DOT); `flip` moves bytes from one to the other.
+        """
+        enc, unsigned = self.encoding, self.spec.isa in UNSIGNED_DOT
+        levels = [int(v) for v in enc.levels or range(256)]
+        self.first, self.step, self.table = levels[0], levels[1] - levels[0], None
+        if enc.signed:
+            self.flip, self.constant = unsigned, -128 if unsigned else 0
+        elif levels == list(range(levels[0], levels[-1] + 1, max(self.step, 1))):
+            self.flip = not unsigned and levels[-1] - levels[0] > 127
+            self.constant = levels[0] + (128 if self.flip else 0)
+        else:
+            self.table, self.flip = levels, False
+            self.constant = -128 if unsigned else 0
 
     def word(self, k: int) -> ir.Value:
         """args[k]."""
         return self.e.b.load(self.e.b.gep(self.args, [self.e.i64(k)]))
 
-    def bytes16(self, address: ir.Value) -> ir.Value:
-        """16 uint8 -> <16 x i32>."""
-        return self.e.b.zext(self.e.load(address, ir.VectorType(I8, LANES), 1), VI32)
+    def bytes16(self, address: ir.Value, signed: bool = False) -> ir.Value:
+        """16 uint8 or int8 -> <16 x i32>."""
+        raw = self.e.load(address, ir.VectorType(I8, LANES), 1)
+        return (self.e.b.sext if signed else self.e.b.zext)(raw, VI32)
 
     def _e6m2(self, address: ir.Value) -> ir.Value:
         e, b = self.e, self.e.b
@@ -97,17 +137,30 @@ class _Matrix:
         zero = b.icmp_unsigned("==", r, e.const(VI32, 0))
         return b.bitcast(b.select(zero, e.const(VI32, 0), bits), VF32)
 
+    def _two_level(self, g: ir.Value, above: ir.Value, below: ir.Value, signed: bool) -> ir.Value:
+        """k256: the float of the 256 columns times the byte of group g."""
+        e, b = self.e, self.e.b
+        block = b.udiv(g, e.i64(SUPER // self.spec.block))
+        wide = e.load_floats(e.offset(above, e.scaled(block, LANES * FLOAT_BYTES["f16"])), "f16")
+        return b.fmul(wide, b.sitofp(self.bytes16(e.offset(below, e.scaled(g, LANES)), signed), VF32))
+
     def parameters(self, g: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """Of group g, 16 lanes each: scale, what to add to the level (f32 integers), min."""
-        e, b, enc = self.e, self.e.b, self.encoding
+        e, b, enc, minus = self.e, self.e.b, self.encoding, self.e.const(VF32, -0.0)
         if enc.row_scale:
             raw = self.bytes16(e.offset(self.scales, e.scaled(g, LANES)))
             k = b.sub(b.and_(raw, e.const(VI32, 254)), e.const(VI32, 127))
-            shift = b.mul(b.and_(raw, e.const(VI32, 1)), e.const(VI32, Q4_SHIFT))
+            shift = b.mul(b.and_(raw, e.const(VI32, 1)), e.const(VI32, enc.shift))
             return b.fmul(self.row_scale, b.sitofp(k, VF32)), b.sitofp(shift, VF32), None
+        has_min = enc.offset == "min"
+        if self.spec.scale_type == K256:
+            s = self._two_level(g, self.supers, self.scales, signed=not has_min)
+            if not has_min:
+                return s, None, None
+            return s, None, b.fsub(minus, self._two_level(g, self.supermins, self.mins, signed=False))
         at = e.scaled(g, LANES * FLOAT_BYTES[self.spec.scale_type])
         s = e.load_floats(e.offset(self.scales, at), self.spec.scale_type)
-        if enc.offset == "min":
+        if has_min:
             return s, None, e.load_floats(e.offset(self.mins, at), self.spec.scale_type)
         if enc.offset == "zero":
             z = b.sitofp(self.bytes16(e.offset(self.zeros, e.scaled(g, LANES))), VF32)
@@ -116,55 +169,78 @@ class _Matrix:
 
     def integer_offset(self, shift: ir.Value | None) -> ir.Value | None:
         """What level - operand of the dot is, per lane, given the group's own shift."""
-        e, enc, unsigned = self.e, self.encoding, self.spec.isa in UNSIGNED_DOT
-        if enc.bits == 4:
-            constant = (-128 if unsigned else 0) if enc.row_scale else enc.levels[0]  # type: ignore[index]
-        elif enc.signed:
-            constant = -128 if unsigned else 0
-        else:
-            constant = 0 if unsigned else 128
-        if not constant:
+        if not self.constant:
             return shift
-        c = e.const(VF32, float(constant))
-        return c if shift is None else e.b.fadd(c, shift)
+        c = self.e.const(VF32, float(self.constant))
+        return c if shift is None else self.e.b.fadd(c, shift)
 
-    def nibbles(self, raw: ir.Value, shift: ir.Value | None = None) -> ir.Value:
-        """The 4-bit codes of 4 columns as bytes."""
-        b = self.e.b
-        return b.and_(raw if shift is None else b.lshr(raw, shift), self.e.const(VI32, 0x0F0F0F0F))
+    def quads(self, i: ir.Value, n: int) -> list[ir.Value]:
+        """Code bytes of quads i * n to i * n + n - 1 (4 columns of 16 rows each); n is a power of two."""
+        e, b = self.e, self.e.b
+        out: list[Any] = [None] * n
+        for base, bits, place in self.planes:
+            fields = 8 // bits  # quads in 64 bytes
+            mask = e.const(VI32, splat_byte((1 << bits) - 1))
+            if n >= fields:
+                at = e.offset(base, e.scaled(i, n // fields * 64))
+                words = [e.load(e.offset(at, k * 64), VI32, 64) for k in range(n // fields)]
+            else:
+                share = fields // n
+                word = e.load(e.offset(base, e.scaled(b.udiv(i, e.i64(share)), 64)), VI32, 64)
+                down = b.trunc(b.mul(b.urem(i, e.i64(share)), e.i64(n * bits)), I32)
+                words = [b.lshr(word, e.splat(down))]
+            for q in range(n):
+                c = b.lshr(words[q // fields], e.const(VI32, q % fields * bits))
+                c = c if bits == 8 else b.and_(c, mask)
+                out[q] = b.or_(out[q], b.shl(c, e.const(VI32, place))) if place else c
+        return out
 
     def operands(self, i: ir.Value) -> list[ir.Value]:
         """Integer operands of block i, one <16 x i32> (4 columns of 16 rows) per 4 columns."""
-        e, b, enc, block = self.e, self.e.b, self.encoding, self.spec.block
-        unsigned = self.spec.isa in UNSIGNED_DOT
-        if enc.bits == 8:
-            base = e.offset(self.codes, e.scaled(i, block * LANES))
-            out = [e.load(e.offset(base, q * 64), VI32, 64) for q in range(block // 4)]
-            if enc.signed == unsigned:  # int8 for a uint8 operand or the reverse: move by 128
-                out = [b.xor(w, e.const(VI32, 0x80808080 - (1 << 32))) for w in out]
-            return out
-        if block == 4:
-            raw = e.load(e.offset(self.codes, e.scaled(b.lshr(i, e.i64(1)), 64)), VI32, 64)
-            odd = b.trunc(b.and_(i, e.i64(1)), I32)
-            out = [self.nibbles(raw, e.splat(b.shl(odd, ir.Constant(I32, 2))))]
-        else:
-            base = e.offset(self.codes, e.scaled(i, block * LANES // 2))
-            out = []
-            for q in range(block // 8):
-                raw = e.load(e.offset(base, q * 64), VI32, 64)
-                out += [self.nibbles(raw), self.nibbles(raw, e.const(VI32, 4))]
-        if enc.row_scale:
-            table = [v + (128 if unsigned else 0) for v in enc.levels or ()]
-            out = [e.lookup(table, w) for w in out]
-        return out
+        e, b = self.e, self.e.b
+        out = self.quads(i, self.spec.block // 4)
+        if self.table is not None:
+            table = [v - self.constant for v in self.table]
+            return [e.lookup(table, c) for c in out]
+        if self.step > 1:  # a power of two, and no level above 255: nothing crosses into the next byte
+            out = [b.mul(c, e.const(VI32, self.step)) for c in out]
+        return [b.xor(c, e.const(VI32, splat_byte(128))) for c in out] if self.flip else out
 
     def prefetch(self, i: ir.Value) -> None:
         """Ask for the codes that are _AHEAD bytes beyond block i: the hardware stops at pages."""
-        e, size = self.e, self.spec.block * LANES * self.encoding.bits // 8
-        base = e.offset(self.codes, e.scaled(i, size), _AHEAD)
+        e = self.e
         hints = [ir.Constant(I32, v) for v in (0, 3, 1)]  # read, keep, data
-        for at in range(0, size, 64):
-            e.call("llvm.prefetch.p0", ir.VoidType(), e.at(e.offset(base, at), I8), *hints)
+        for plane, bits, _ in self.planes:
+            size = self.spec.block * LANES * bits // 8
+            base = e.offset(plane, e.scaled(i, size), _AHEAD)
+            for at in range(0, size, 64):
+                e.call("llvm.prefetch.p0", ir.VoidType(), e.at(e.offset(base, at), I8), *hints)
+
+    def _float8(self, code: ir.Value) -> ir.Value:
+        """8-bit floats in the low bits of i32 -> f32, exact, by way of binary16."""
+        e, b = self.e, self.e.b
+        if self.encoding.name == "f8e5m2":
+            return e.half_to_float(b.trunc(b.shl(code, e.const(VI32, 8)), e.like(VI32, I16)))
+        magnitude = b.and_(code, e.const(VI32, 127))
+        half = b.or_(b.shl(b.xor(code, magnitude), e.const(VI32, 8)), b.shl(magnitude, e.const(VI32, 7)))
+        value = b.fmul(e.half_to_float(b.trunc(half, e.like(VI32, I16))), e.const(VF32, 256.0))
+        nan = b.icmp_unsigned("==", magnitude, e.const(VI32, 127))
+        return b.select(nan, e.const(VF32, float("nan")), value)
+
+    def _levels(self, quad: ir.Value, j: int) -> ir.Value:
+        """float32 levels of column 4 * quad + j, without the group's shift."""
+        e, b, enc = self.e, self.e.b, self.encoding
+        raw = self.quads(quad, 1)[0]
+        signed = enc.signed
+        if enc.is_integer and self.table is not None:
+            raw, signed = e.lookup(self.table, raw), True
+        up = b.shl(raw, e.const(VI32, 24 - 8 * j))
+        code = (b.ashr if signed else b.lshr)(up, e.const(VI32, 24))
+        if not enc.is_integer:
+            return self._float8(code)
+        if self.table is None and not enc.signed:
+            code = b.add(b.mul(code, e.const(VI32, self.step)), e.const(VI32, self.first))
+        return b.sitofp(code, VF32)
 
     def floats(self, quad: ir.Value, j: int, s: Any, shift: Any, m: Any) -> ir.Value:
         """float32 weights of column 4 * quad + j, by the formulas of formats/encodings.py."""
@@ -173,20 +249,7 @@ class _Matrix:
             size = LANES * FLOAT_BYTES[enc.name]
             at = e.offset(self.codes, e.scaled(quad, 4 * size), j * size)
             return e.load_floats(at, enc.name)
-        if enc.bits == 8:
-            raw = e.load(e.offset(self.codes, e.scaled(quad, 64)), VI32, 64)
-        else:
-            raw = e.load(e.offset(self.codes, e.scaled(b.lshr(quad, e.i64(1)), 64)), VI32, 64)
-            odd = b.trunc(b.and_(quad, e.i64(1)), I32)
-            raw = self.nibbles(raw, e.splat(b.shl(odd, ir.Constant(I32, 2))))
-            if enc.row_scale:
-                raw = e.lookup(enc.levels or (), raw)
-        up = b.shl(raw, e.const(VI32, 24 - 8 * j))
-        signed = enc.signed or enc.row_scale
-        level = (b.ashr if signed else b.lshr)(up, e.const(VI32, 24))
-        if enc.bits == 4 and not enc.row_scale and enc.levels and enc.levels[0]:
-            level = b.add(level, e.const(VI32, enc.levels[0]))
-        value = b.sitofp(level, VF32)
+        value = self._levels(quad, j)
         if shift is not None:
             value = b.fadd(value, shift)  # small integers: exact
         w = b.fmul(s, value)
@@ -324,7 +387,7 @@ def matrix_tile(typingctx: Any, spec: Any, n: Any, args: Any, panel: Any, token:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
         e, s = emitter(builder, text), MatrixSpec.parse(text)
         m = _Matrix(e, s, values[2], values[3])
-        integer = s.policy == "i8g32" and not m.encoding.is_float
+        integer = s.policy == "i8g32" and m.encoding.is_integer
         (_emit_integer_tile if integer else _emit_float_tile)(m, tokens, values[3], values[4])
         return context.get_dummy_value()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.formats.encodings import BY_NAME
+from halfbyte.formats.encodings import BY_NAME, SCALE_TYPES
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.backends.backend import Backend, Step
 
@@ -130,7 +130,7 @@ class Native(Backend):
         for w, t in zip(weights, f.tensors):
             w.data, w.nbytes, w.encoding, w.tile = base + t.offset, t.nbytes, BY_NAME[t.encoding].code, t.tile
             w.rows, w.cols = t.shape if len(t.shape) == 2 else (1, t.shape[0])
-            w.group, w.scale_type = t.group, BY_NAME[t.scale_type].code if t.scale_type else 0
+            w.group, w.scale_type = t.group, SCALE_TYPES[t.scale_type]
         tables = [np.ascontiguousarray(a) for a in (f.program, f.slots, f.caches)]
         arguments: list[Any] = []
         for kind, table in zip(("hb_op", "hb_slot", "hb_cache"), tables):

@@ -59,24 +59,10 @@ def linear_f32(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 def linear_i8g32(x: np.ndarray, codes: dict[str, np.ndarray], tensor: Tensor) -> np.ndarray:
     """float32[T, K] -> float32[T, rows]: integer dots of blocks, float sums in ascending column order."""
-    e = encodings.BY_NAME[tensor.encoding]
     rows, K = tensor.shape
-    group = tensor.group if tensor.group else K
+    group = tensor.group or K
     block = min(QUANT_GROUP, group)
-    level = (
-        codes["codes"].astype(np.int32)
-        if e.levels is None
-        else np.asarray(e.levels, np.int32)[codes["codes"]]
-    )
-    scales, mins = codes["scales"], codes.get("mins")
-    if e.row_scale:
-        k = (scales & 254).astype(np.int32) - 127
-        level = level + encodings.Q4_SHIFT * np.repeat(scales & 1, group, axis=1)[:, :K].astype(np.int32)
-        s = encodings.e6m2_decode(codes["row"])[:, None] * k.astype(F32)
-    else:
-        s = encodings.bits_to_float(scales, tensor.scale_type)
-    if e.offset == "zero":
-        level = level - np.repeat(codes["zeros"], group, axis=1)[:, :K].astype(np.int32)
+    level, s, m = encodings.decode(tensor.encoding, codes, tensor.group, tensor.scale_type)
     q, d = quantize_activations(x)
     y = np.zeros((len(x), rows), F32)
     for a in range(0, K, block):
@@ -85,9 +71,9 @@ def linear_i8g32(x: np.ndarray, codes: dict[str, np.ndarray], tensor: Tensor) ->
         acc = (q[:, a:b].astype(np.float64) @ level[:, a:b].T.astype(np.float64)).astype(F32)
         xs = d[:, a // QUANT_GROUP][:, None]
         y = fma(acc, s[:, g][None] * xs, y)
-        if mins is not None:
+        if m is not None:
             total = q[:, a:b].sum(axis=1, dtype=np.int32).astype(F32)[:, None]
-            y = fma(encodings.bits_to_float(mins[:, g], tensor.scale_type)[None], xs * total, y)
+            y = fma(m[:, g][None], xs * total, y)
     return y
 
 
@@ -186,7 +172,7 @@ class Reference(Backend):
     def linear(self, step: Step, x: np.ndarray, matrix: int, bias: int | None) -> np.ndarray:
         """y = x @ matrix^T + bias, under the policy."""
         t = self.file.tensors[matrix]
-        if self.policy == "f32" or encodings.BY_NAME[t.encoding].is_float:
+        if self.policy == "f32" or not encodings.BY_NAME[t.encoding].is_integer:
             y = linear_f32(x, self._memo(matrix, "values"))
         else:
             y = linear_i8g32(x, self._memo(matrix, "codes"), t)
@@ -242,3 +228,15 @@ class Reference(Backend):
             p = np.exp(scores - scores.max(axis=2, keepdims=True))
             rows.append((p / p.sum(axis=2, keepdims=True) @ v).astype(F32).reshape(-1))
         return np.stack(rows)
+
+    def gather(self, step: Step, x: np.ndarray, index: int) -> np.ndarray:
+        """y[t, j] = x[t, index[j]]"""
+        return x[:, self.file.vector(self.file.tensors[index])]
+
+    def hadamard(self, step: Step, x: np.ndarray, dim: int) -> np.ndarray:
+        """H x / sqrt(dim) of every run of dim columns: H of 2n is [[H, H], [H, -H]] of n; in float64."""
+        y, n = x.astype(np.float64), 1
+        while n < dim:
+            a, b = np.moveaxis(y.reshape(len(x), -1, 2, n), 2, 0)
+            y, n = np.stack([a + b, a - b], axis=2), 2 * n
+        return (y / np.sqrt(dim)).astype(F32).reshape(x.shape)

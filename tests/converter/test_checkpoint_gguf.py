@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from halfbyte.converter.checkpoints import Packed, open_checkpoint
+from halfbyte.converter.checkpoints import Packed, ggml_types, open_checkpoint
 from halfbyte.formats.errors import CheckpointError
 
 WIDTH, HIDDEN, HEADS, KV, VOCAB = 64, 96, 4, 2, 8
 HEAD_DIM = WIDTH // HEADS
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "BF16": 30}
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "IQ2_S": 22, "BF16": 30}
 
 
 def text(value: str) -> bytes:
@@ -296,16 +296,45 @@ def test_story_model(shared_data: Path) -> None:
     assert len(checkpoint.digest()) == 64
 
 
+@pytest.mark.parametrize("kind", [k for k, t in ggml_types.TYPES.items() if t.unpack is not None])
+def test_codes_of_heads_are_reordered_with_their_rows(tmp_path: Path, kind: str) -> None:
+    """Real blocks of every type as query rows: half-split rows, whatever is asked for."""
+    data = np.load(Path(__file__).resolve().parent / "fixtures" / "ggml-blocks.npz")[f"{kind}.data"]
+    block = ggml_types.TYPES[kind]
+    # 32 rows of 256 columns
+    rows = np.resize(
+        data.reshape(-1, 256 // block.elements * block.nbytes), (32, 256 // block.elements * block.nbytes)
+    )
+    stored = ggml_types.decode(rows, kind)
+    assert isinstance(stored, Packed)
+    number = next(n for n, name in ggml_types.NAMES.items() if name == kind)
+    shapes = {"token_embd": (8, 256), "output_norm": (256,), "blk.0.attn_q": (32, 256)}
+    tensors = {f"{n}.weight": (np.ones(s, np.float32), "F32") for n, s in shapes.items()}
+    content = gguf_bytes(metadata_of("llama", embedding_length=256), tensors)
+    # the query is the last tensor: the type in its row of the table, then its bytes
+    at = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
+    content = content[:at] + struct.pack("<I", number) + content[at + 4 : -32 * 256 * 4] + rows.tobytes()
+    (tmp_path / "m.gguf").write_bytes(content)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+        assert checkpoint.dtype(name) == stored.encoding
+        for start, stop in ((0, 32), (3, 9), (31, 32), (7, 7)):
+            part = checkpoint.read_rows(name, start, stop)
+            assert isinstance(part, Packed)
+            for plane, values in stored.planes().items():
+                np.testing.assert_array_equal(part.planes()[plane], half_split(values, HEADS)[start:stop])
+
+
 def test_unsupported_files_are_refused_by_name(tmp_path: Path) -> None:
     path, good = tmp_path / "m.gguf", layer(np.random.default_rng(13))
     metadata = metadata_of("llama")
     data = gguf_bytes(metadata, good)
-    k_quant = good | {"blk.0.ffn_up.weight": (good["blk.0.ffn_up.weight"][0], "Q4_K")}
+    codebook = good | {"blk.0.ffn_up.weight": (good["blk.0.ffn_up.weight"][0], "IQ2_S")}
     stray = good | {"blk.0.attn_q_norm.weight": (np.ones(4, np.float32), "F32")}
     beyond = good | {"blk.1.attn_norm.weight": (np.ones(4, np.float32), "F32")}
     no_embedding = {k: v for k, v in good.items() if k != "token_embd.weight"}
     for content, message in (
-        (gguf_bytes(metadata, k_quant), r"blk\.0\.ffn_up\.weight.*Q4_K"),
+        (gguf_bytes(metadata, codebook), r"blk\.0\.ffn_up\.weight.*IQ2_S"),
         (gguf_bytes(metadata, stray), "attn_q_norm"),
         (gguf_bytes(metadata, beyond), r"blk\.1\.attn_norm"),
         (gguf_bytes(metadata, no_embedding), "token_embd"),

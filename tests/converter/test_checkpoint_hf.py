@@ -206,7 +206,7 @@ INDEX = "model.safetensors.index.json"
         ({"config.json": b"[" * 100000, "model.safetensors": NORM}, "not valid JSON"),
         ({"config.json": [], "model.safetensors": NORM}, "JSON object"),
         ({"config.json": {}, "model.safetensors": NORM}, "model_type"),
-        ({"config.json": {**CONFIG, "quantization_config": {"quant_method": "gptq"}}}, "GPTQ import is not"),
+        ({"config.json": {**CONFIG, "quantization_config": {"quant_method": "hqq"}}}, "quantised by hqq"),
         ({"config.json": CONFIG, "model.safetensors": GOOD[:-1]}, "truncated"),
         ({"config.json": CONFIG, "model.safetensors": GOOD[:20]}, "truncated"),
         ({"config.json": CONFIG, "model.safetensors": {"t": np.ones(2, np.int64)}}, "t of .* is I64"),

@@ -25,11 +25,11 @@ from programs import Tiny, code_matrix
 
 FOLDER = Path(__file__).resolve().parent / "golden_errors"
 Change = Callable[[Parts], bytes | None]
-ERRORS: dict[str, tuple[str, Change]] = {}
+ERRORS: dict[str, tuple[str, Change, Callable[[Path], File]]] = {}
 
 
 def base(path: Path) -> File:
-    """The valid file that every lie starts from: 8-bit table, norm, attention, logits."""
+    """The valid file that most lies start from: 8-bit table, norm, attention, logits."""
     t = Tiny(7)
     table = t.tensor(code_matrix("table", "i8", 16, 16, t.rng, 8, "f16"))
     norm = t.vector(t.rng.normal(1, 0.1, 16))
@@ -50,26 +50,50 @@ def base(path: Path) -> File:
     return t.write(path, {"general.name": "hostile"}, b"{}")
 
 
-def lie(fragment: str, name: str | None = None) -> Callable[[Change], Change]:
-    """Register a change and the fragment of the message that it must cause."""
+def newer(path: Path) -> File:
+    """The same for what version 1.1 added: two-level scales, codes in two planes, 8-bit floats, index vectors."""
+    t = Tiny(11)
+    table = t.tensor(code_matrix("table", "a4", 16, 272, t.rng, 32, "k256"))
+    index = t.index(t.rng.permutation(272)[:48])
+    head = t.tensor(code_matrix("head", "q3", 40, 48, t.rng))
+    tail = t.tensor(code_matrix("tail", "f8e4m3", 16, 40, t.rng, 0, "f32"))
+    other = t.tensor(code_matrix("other", "i6", 16, 40, t.rng, 16, "k256"))
+    x, some, h, a, b = (t.slot(n) for n in (272, 48, 40, 16, 16))
+    t.emit("embed", [x], [], (table,))
+    t.emit("hadamard", [x], [x], dim=16)
+    t.emit("gather", [some], [x], (index,))
+    t.emit("linear", [h], [some], (head, None))
+    t.emit("linear", [a], [h], (tail, None))
+    t.emit("linear", [b], [h], (other, None))
+    t.emit("add", [a], [a, b], scale=1.0)
+    t.finish(a)
+    return t.write(path, {"general.name": "hostile"}, b"{}")
+
+
+def lie(
+    fragment: str, name: str | None = None, base: Callable[[Path], File] = base
+) -> Callable[[Change], Change]:
+    """Register a change of a valid file and the fragment of the message that it must cause."""
 
     def register(change: Change) -> Change:
         key = name or change.__name__
         assert key not in ERRORS
-        ERRORS[key] = (fragment, change)
+        ERRORS[key] = (fragment, change, base)
         return change
 
     return register
 
 
-def simple(name: str, fragment: str, change: Callable[[Parts], object]) -> None:
+def simple(
+    name: str, fragment: str, change: Callable[[Parts], object], base: Callable[[Path], File] = base
+) -> None:
     """A change of an attribute of Parts."""
 
     def apply(p: Parts) -> bytes | None:
         change(p)
         return None
 
-    lie(fragment, name)(apply)
+    lie(fragment, name, base)(apply)
 
 
 def setter(what: str, index: int, field: str, value: object) -> Callable[[Parts], object]:
@@ -339,6 +363,47 @@ def _slots_memory(p: Parts) -> None:
     p.slots = np.concatenate([p.slots, many])
 
 
+# ---- version 1.1: tensors are 0 table a4 k256 [16, 272], 1 index u32 [48], 2 head q3 [40, 48], 3 tail f8e4m3 [16, 40],
+# 4 other i6 k256 [16, 40]; records 0 embed 1 hadamard 2 gather 3 linear 4 linear 5 linear 6 add 7 pick
+def index(at: int, value: int) -> Callable[[Parts], object]:
+    """Set an element of the index vector."""
+
+    def change(p: Parts) -> None:
+        start = int(p.tensors[1]["offset"]) + 4 * at
+        p.data[start : start + 4] = u32(value)
+
+    return change
+
+
+for name, fragment, change in (
+    ("index_beyond", "index reaches column 272 of 272", index(7, 272)),
+    ("index_overflow", "index reaches column 4294967295 of 272", index(47, 0xFFFFFFFF)),
+    ("index_of_floats", "index must be a u32 vector of 48", setter("tensors", 1, "encoding", 1)),
+    ("index_length", "u32 (47,) takes 188", element("tensors", 1, "shape", 0, 47)),
+    ("index_is_a_matrix", "index must be a u32 vector of 48", element("program", 2, "w", 0, 2)),
+    ("index_tile", "tile 1 with rank 2 is not known for u32", setter("tensors", 2, "encoding", 4)),
+    ("float8_vector", "tile 0 with rank 1 is not known for f8e4m3", setter("tensors", 1, "encoding", 64)),
+    ("hadamard_zero", "dim 0 is not a power of two", element("program", 1, "attr", 0, 0)),
+    ("hadamard_odd", "dim 17 is not a power of two", element("program", 1, "attr", 0, 17)),
+    ("hadamard_large", "dim 32 does not divide 272", element("program", 1, "attr", 0, 32)),
+    ("hadamard_overflow", "dim 2147483648 does not divide", element("program", 1, "attr", 0, 1 << 31)),
+    ("k256_group", "group 64 or scale type 256 is not allowed for a4", setter("tensors", 0, "group", 64)),
+    ("k256_whole_row", "group 0 or scale type 256 is not allowed for i6", setter("tensors", 4, "group", 0)),
+    ("k256_zero_point", "scale type 256 is not allowed for z4", setter("tensors", 0, "encoding", 37)),
+    ("k256_searched", "scale type 256 is not allowed for q3", setter("tensors", 2, "scale_type", 256)),
+    ("k256_float8", "scale type 256 is not allowed for f8e4m3", setter("tensors", 3, "scale_type", 256)),
+    ("k256_unknown", "scale type 257 is not allowed for a4", setter("tensors", 0, "scale_type", 257)),
+    ("scale_type_index", "scale type 4 is not allowed for a4", setter("tensors", 0, "scale_type", 4)),
+    ("scale_type_missing", "scale type 0 is not allowed for f8e4m3", setter("tensors", 3, "scale_type", 0)),
+    ("searched_group", "group 16 or scale type 0 is not allowed for q3", setter("tensors", 2, "group", 16)),
+    ("plane_high", "but q2 (40, 48) takes", setter("tensors", 2, "encoding", 19)),
+    ("plane_super", "but a4 (16, 272) takes", setter("tensors", 0, "length", 2752)),
+    ("plane_supermin", "but n4 (16, 272) takes", setter("tensors", 0, "encoding", 48)),
+    ("planes_large", "bytes, but i6", element("tensors", 4, "shape", 1, 1 << 28)),
+):
+    simple(name, fragment, change, newer)
+
+
 def main() -> None:
     """Write every file and the expectations."""
     FOLDER.mkdir(exist_ok=True)
@@ -346,10 +411,12 @@ def main() -> None:
         old.unlink()
     expected = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "base.hb"
-        base(path).verify()
-        for name, (fragment, change) in sorted(ERRORS.items()):
-            parts = Parts(File(path))
+        bases = {}
+        for make in (base, newer):
+            bases[make] = make(Path(folder) / f"{make.__name__}.hb")
+            bases[make].verify()
+        for name, (fragment, change, make) in sorted(ERRORS.items()):
+            parts = Parts(bases[make])
             body = change(parts)
             (FOLDER / f"{name}.hb").write_bytes(parts.build() if body is None else body)
             expected[f"{name}.hb"] = fragment

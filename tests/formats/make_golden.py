@@ -1,4 +1,4 @@
-"""Writes golden/*.hb and golden.json: a one-layer model that uses every op, in each encoding.
+"""Writes golden/*.hb and golden.json: a one-layer model that uses every op of a version, in each encoding it added.
 
 Files of a released format version are never written again: later versions must still open them.
 `python tests/formats/make_golden.py --new-version` adds files for a version that has none yet.
@@ -16,7 +16,7 @@ import numpy as np
 
 from halfbyte.formats import program
 from halfbyte.formats.container import VERSION, File
-from halfbyte.formats.encodings import ENCODINGS
+from halfbyte.formats.encodings import BY_NAME, K256, MATRIX_ENCODINGS
 from halfbyte.formats.ops import FUNCTIONS
 from halfbyte.runtime.backends.backend import Step
 from halfbyte.runtime.backends.reference import Reference
@@ -31,18 +31,26 @@ HIDDEN, HEAD, KV_HEADS, SHARE, FFN, VOCAB = 16, 8, 1, 2, 8, 16
 # (group, scale type) of the encodings that let the tensor choose
 CHOICES = {
     "i8": (0, "f32"), "i4": (8, "f16"), "a8": (4, "bf16"), "a4": (32, "f16"), "z8": (16, "bf16"), "z4": (8, "f16"),
+    "i2": (16, "f16"), "i3": (0, "bf16"), "i5": (8, "f16"), "i6": (4, "f32"), "a2": (16, "f16"), "a5": (32, "f16"),
+    "z2": (32, "f32"), "z3": (8, "f16"), "n4": (32, "f16"), "m4": (32, "bf16"), "f8e4m3": (0, "f32"),
+    "f8e5m2": (32, "f16"),
 }  # fmt: skip
+TWO_LEVEL = {"i3": 16, "i6": 16, "n4": 32, "a2": 16, "a4": 32}  # encodings of ggml's K-quants -> group
 PROMPT = ([1, 5, 2, 15, 0], [0, 1, 2, 3, 4])
 
 
-def build(encoding: str, seed: int) -> Tiny:
-    """One layer: norms, merged qkv with bias, partial rotation, grouped attention in a window, GLU."""
+def build(encoding: str, seed: int, two_level: bool = False) -> Tiny:
+    """One layer: norms, merged qkv with bias, partial rotation, grouped attention in a window, GLU.
+
+    From version 1.1 on also a rotation and a permutation of columns, and a matrix with tails.
+    """
     t = Tiny(seed)
+    minor = 1 if two_level else BY_NAME[encoding].minor
 
     def matrix(name: str, rows: int, cols: int) -> int:
         if encoding in ("f32", "f16", "bf16"):
             return t.tensor(float_tensor(name, t.rng.normal(0, 0.3, (rows, cols)).astype("f4"), encoding))
-        group, scale = CHOICES.get(encoding, (0, ""))
+        group, scale = (TWO_LEVEL[encoding], K256) if two_level else CHOICES.get(encoding, (0, ""))
         return t.tensor(code_matrix(name, encoding, rows, cols, t.rng, group, scale))
 
     def vector(name: str, values: np.ndarray) -> int:
@@ -61,6 +69,11 @@ def build(encoding: str, seed: int) -> Tiny:
     x, h, qkv = t.slot(HIDDEN), t.slot(HIDDEN), t.slot(q + 2 * k)
     t.emit("embed", [x], [], (embedding,))
     t.emit("rmsnorm", [h], [x], (norm,), eps=1e-5, dim=HIDDEN)
+    if minor >= 1:
+        matrix("wide", 16, 257 if two_level else 72)
+        t.emit("hadamard", [h], [h], dim=HIDDEN)
+        normed, h = h, t.slot(HIDDEN)
+        t.emit("gather", [h], [normed], (t.index(t.rng.permutation(HIDDEN)),))
     t.emit("linear", [qkv], [h], (qkv_matrix, qkv_bias))
     qs, ks, vs = t.view(qkv, 0, q), t.view(qkv, q, k), t.view(qkv, q + k, k)
     for s in (qs, ks):
@@ -129,9 +142,12 @@ def main() -> None:
     if any(name.startswith(f"{version}-") for name in record):
         sys.exit(f"golden files of format {version} exist; raise container.VERSION first")
     GOLDEN.mkdir(exist_ok=True)
-    for seed, e in enumerate(ENCODINGS):
-        path = GOLDEN / f"{version}-{e.name}.hb"
-        build(e.name, seed).write(path, META, b'{"model":"golden"}', "{{ messages }}")
+    new: list[tuple[str, bool]] = [(e.name, False) for e in MATRIX_ENCODINGS if e.minor == VERSION[1]]
+    if VERSION == (1, 1):
+        new += [(name, True) for name in TWO_LEVEL]
+    for seed, (name, two_level) in enumerate(new):
+        path = GOLDEN / f"{version}-{name}{'.k256' if two_level else ''}.hb"
+        build(name, seed, two_level).write(path, META, b'{"model":"golden"}', "{{ messages }}")
         record[path.name] = describe(path)
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -38,6 +38,7 @@ class Parts:
     """
 
     def __init__(self, file: File):
+        self.version = file.version
         self.meta: dict = dict(file.metadata)
         self.meta_bytes: bytes | None = None
         self.slots, self.caches, self.program = (a.copy() for a in (file.slots, file.caches, file.program))
@@ -114,7 +115,7 @@ class Parts:
         header = np.zeros(1, container.HEADER_DTYPE)
         header["magic"], header["length"] = container.MAGIC, len(body) + self.length_change
         header["sections"] = len(sections)
-        header["major"], header["minor"] = container.VERSION
+        header["major"], header["minor"] = self.version
         body[:64] = header.tobytes()
         body[64 : 64 + table.nbytes] = table.tobytes()
         for at, value in self.table_edits:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_errors import base
+from make_errors import base, newer
 from make_golden import GOLDEN
 from parts import Parts, Section
 from programs import Tiny, float_tensor
@@ -21,7 +21,7 @@ from programs import Tiny, float_tensor
 from halfbyte.formats.container import File
 from halfbyte.formats.errors import FormatError
 
-SAMPLE = GOLDEN / "1.0-q4.hb"
+SAMPLE = GOLDEN / "1.1-a4.k256.hb"
 MEMORY = 256 << 20  # bytes of address space that opening a 20 kB file may add
 ROUNDS = 1500
 
@@ -182,10 +182,11 @@ def limited_memory():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to limit memory")
-def test_lies_with_true_digests(tmp_path: Path, limited_memory: None) -> None:
+@pytest.mark.parametrize("make", [base, newer], ids=lambda make: make.__name__)
+def test_lies_with_true_digests(make: Callable[[Path], File], tmp_path: Path, limited_memory: None) -> None:
     """Only FormatError, or a file that stays valid: it opens again and every tensor can be decoded."""
     rng = np.random.default_rng(2024)
-    original = base(tmp_path / "base.hb")
+    original = make(tmp_path / "base.hb")
     path = tmp_path / "f.hb"
     refused = 0
     for _ in range(ROUNDS):

@@ -16,7 +16,7 @@ from parts import Parts, Section
 
 from halfbyte.formats import container, metadata
 from halfbyte.formats.container import File
-from halfbyte.formats.encodings import ENCODINGS
+from halfbyte.formats.encodings import MATRIX_ENCODINGS, SCALE_TYPES
 from halfbyte.formats.errors import FormatError
 from halfbyte.formats.ops import OPS
 
@@ -29,7 +29,8 @@ def test_the_folders_are_what_the_records_say() -> None:
     """No file without an expectation, no expectation without a file, every encoding, nothing large."""
     assert {p.name for p in GOLDEN.glob("*.hb")} == set(GOOD)
     assert {p.name for p in ERRORS.glob("*.hb")} == set(HOSTILE)
-    assert {f"1.0-{e.name}.hb" for e in ENCODINGS} <= set(GOOD)
+    assert {f"1.{e.minor}-{e.name}.hb" for e in MATRIX_ENCODINGS} <= set(GOOD)
+    assert {t.scale_type for name in GOOD for t in File(GOLDEN / name).tensors} == set(SCALE_TYPES)
     assert all(p.stat().st_size < 24 << 10 for p in (*GOLDEN.glob("*.hb"), *ERRORS.glob("*.hb")))
 
 
@@ -46,9 +47,12 @@ def test_good_file(name: str) -> None:
 
 
 def test_golden_program_uses_every_op() -> None:
-    """What is kept covers the whole op table of its version."""
+    """What is kept covers the whole op table of its version, and states that version."""
+    for name, minor in (("1.0-q4.hb", 0), ("1.1-q3.hb", 1), ("1.1-a4.k256.hb", 1)):
+        file = File(GOLDEN / name)
+        assert file.version == (1, minor)
+        assert {int(r["code"]) for r in file.program} == {op.code for op in OPS if op.minor <= minor}
     file = File(GOLDEN / "1.0-q4.hb")
-    assert {int(r["code"]) for r in file.program} == {op.code for op in OPS}
     assert file.metadata["golden.bytes"] == b"\x00\x01\xff"
     assert file.section("TOKN") == b'{"model":"golden"}' and file.section("TMPL") == b"{{ messages }}"
 
@@ -104,7 +108,7 @@ def test_every_refusal_of_the_reader_is_shown() -> None:
 
 def test_what_a_newer_minor_version_may_add(tmp_path: Path) -> None:
     """A newer minor number and an unknown section that need not be understood are no obstacle."""
-    parts = Parts(File(GOLDEN / "1.0-q4.hb"))
+    parts = Parts(File(GOLDEN / "1.1-q3.hb"))
     parts.header_edits.append((10, b"\x05\x00"))
     parts.extra.append(Section(b"NEWS", b"a section of the future", 0))
     path = tmp_path / "newer.hb"

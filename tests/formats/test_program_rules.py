@@ -35,6 +35,7 @@ class Good:
             [8, 6, 0, TOKENS],  # 6 inner
             [WIDTH, 7, 0, PICKS],  # 7 picked
             [VOCAB, 8, 0, PICKS],  # 8 logits
+            [WIDTH, 9, 0, PICKS],  # 9 permuted
         ]
     )
     caches: list[list[int]] = field(default_factory=lambda: [[2, 8, 8, 0], [2, 8, 8, 0]])
@@ -46,6 +47,7 @@ class Good:
             TensorShape("bias", ROWS, (48,), True),
             TensorShape("freq", ROWS, (4,), True),
             TensorShape("half", ROWS, (WIDTH,), False),
+            TensorShape("index", ROWS, (WIDTH,), False, WIDTH),
         ]
     )
     records: list[np.ndarray] = field(
@@ -62,7 +64,9 @@ class Good:
             put("mul", [0], [0, 5]),
             put("unary", [0], [0], function=FUNCTIONS["softcap"], p=30.0),
             put("pick", [7], [0]),
-            put("linear", [8], [7], [0, None]),
+            put("gather", [9], [7], [6]),
+            put("hadamard", [9], [9], dim=8),
+            put("linear", [8], [9], [0, None]),
         ]
     )
     vocab: int = VOCAB
@@ -79,7 +83,23 @@ class Good:
 
 
 # Indices of the records of Good.
-EMBED, RMSNORM, LINEAR, ROPE, KV_PUT, ATTEND, GLU, LAYERNORM, ADD, MUL, UNARY, PICK, HEAD = range(13)
+(
+    EMBED,
+    RMSNORM,
+    LINEAR,
+    ROPE,
+    KV_PUT,
+    ATTEND,
+    GLU,
+    LAYERNORM,
+    ADD,
+    MUL,
+    UNARY,
+    PICK,
+    GATHER,
+    HADAMARD,
+    HEAD,
+) = range(15)
 
 
 def test_the_good_program_verifies() -> None:
@@ -111,9 +131,11 @@ def slot(i: int, *values: int) -> Callable[[Good], None]:
     return lambda g: g.slots.__setitem__(i, list(values))
 
 
-def tensor(i: int, tile: int, shape: tuple[int, ...], is_float32: bool = False) -> Callable[[Good], None]:
+def tensor(
+    i: int, tile: int, shape: tuple[int, ...], is_float32: bool = False, reach: int = 0
+) -> Callable[[Good], None]:
     """Replace what a tensor is."""
-    return lambda g: g.tensors.__setitem__(i, TensorShape(f"changed{i}", tile, shape, is_float32))
+    return lambda g: g.tensors.__setitem__(i, TensorShape(f"changed{i}", tile, shape, is_float32, reach))
 
 
 def insert(at: int, record: np.ndarray) -> Callable[[Good], None]:
@@ -127,7 +149,7 @@ def drop(at: int) -> Callable[[Good], None]:
 
 
 def fresh(*values: int) -> Callable[[Good], None]:
-    """Add a slot (its number is 9)."""
+    """Add a slot (its number is 10)."""
     return lambda g: g.slots.append(list(values))
 
 
@@ -153,7 +175,7 @@ RULES: dict[str, tuple[str, Callable[[Good], None]]] = {
     "too many caches": ("caches are more than", many("caches", program.MAX_CACHES, [1, 1, 1, 0])),
     "slots too wide together": (
         "the slots together are wider",
-        lambda g: g.slots.extend([program.MAX_WIDTH, 9 + i, 0, TOKENS] for i in range(5)),
+        lambda g: g.slots.extend([program.MAX_WIDTH, 10 + i, 0, TOKENS] for i in range(5)),
     ),
     "slot without columns": ("slot 0: width 0", slot(0, 0, 0, 0, TOKENS)),
     "slot too wide": ("out of range", slot(0, program.MAX_WIDTH + 1, 0, 0, TOKENS)),
@@ -177,8 +199,8 @@ RULES: dict[str, tuple[str, Callable[[Good], None]]] = {
     "surplus attribute": ("attr[1] must be zero", attr(ADD, 1, 1)),
     "infinite attribute": ("scale is not finite", attr(ADD, 0, float("inf"))),
     "unknown function": ("unknown function 9", attr(GLU, 0, 9)),
-    "slot does not exist": ("slot 9 does not exist", operand(MUL, "in", 1, 9)),
-    "tensor does not exist": ("tensor 6 does not exist", operand(LINEAR, "w", 1, 6)),
+    "slot does not exist": ("slot 10 does not exist", operand(MUL, "in", 1, 10)),
+    "tensor does not exist": ("tensor 7 does not exist", operand(LINEAR, "w", 1, 7)),
     "read before written": ("slot 0 is read before it is written", drop(EMBED)),
     "view read before written": (
         "slot 3 is read before",
@@ -186,20 +208,23 @@ RULES: dict[str, tuple[str, Callable[[Good], None]]] = {
     ),
     "output overlaps input": ("slot 1 overlaps its input 2", insert(ROPE, put("linear", [1], [2], [2, None]))),
     "output partly overlaps": (
-        "slot 9 overlaps its input 2",
-        both(fresh(16, 1, 8, TOKENS), insert(ROPE, put("unary", [9], [2], function=6, p=0.0))),
+        "slot 10 overlaps its input 2",
+        both(fresh(16, 1, 8, TOKENS), insert(ROPE, put("unary", [10], [2], function=6, p=0.0))),
     ),
     "in place where it is not allowed": ("overlaps its input", insert(RMSNORM, put("linear", [0], [0], [5, None]))),
     "logits of another width": ("does not produce logits of 19", lambda g: setattr(g, "vocab", 19)),
     "logits of token rows": (
         "does not produce logits",
-        both(drop(HEAD), drop(PICK), lambda g: setattr(g, "vocab", 16)),
+        both(drop(HEAD), drop(HADAMARD), drop(GATHER), drop(PICK), lambda g: setattr(g, "vocab", 16)),
     ),
-    "no logits": ("does not produce logits", insert(13, put("kv_put", [], [3, 4], cache=1))),
-    "pick of picked rows": ("must take token rows", both(fresh(16, 9, 0, PICKS), insert(HEAD, put("pick", [9], [7])))),
+    "no logits": ("does not produce logits", insert(15, put("kv_put", [], [3, 4], cache=1))),
+    "pick of picked rows": (
+        "must take token rows",
+        both(fresh(16, 10, 0, PICKS), insert(HEAD, put("pick", [10], [7]))),
+    ),
     "pick into token rows": (
         "must take token rows",
-        both(fresh(16, 9, 0, TOKENS), insert(PICK, put("pick", [9], [0]))),
+        both(fresh(16, 10, 0, TOKENS), insert(PICK, put("pick", [10], [0]))),
     ),
     "rows disagree": ("disagree on what a row is", insert(HEAD, put("mul", [7], [7, 0]))),
     "embed of picked rows": ("token rows only", operand(EMBED, "out", 0, 7)),
@@ -236,6 +261,15 @@ RULES: dict[str, tuple[str, Callable[[Good], None]]] = {
     "attend to another cache": ("is read before kv_put", attr(ATTEND, 0, 1)),
     "attend width": ("width 12 does not fit cache 0", both(drop(ROPE), slot(2, 12, 1, 0, TOKENS))),
     "attend output": ("is not 2 heads of 8", slot(5, 24, 5, 0, TOKENS)),
+    "gather of floats": ("index must be a u32 vector of 16", operand(GATHER, "w", 0, 1)),
+    "gather length": ("index must be a u32 vector of 16", tensor(6, ROWS, (15,), False, 15)),
+    "gather beyond the input": ("index reaches column 16 of 16", tensor(6, ROWS, (WIDTH,), False, WIDTH + 1)),
+    "gather in place": ("slot 7 overlaps its input 7", operand(GATHER, "out", 0, 7)),
+    "gather from other rows": ("disagree on what a row is", operand(GATHER, "in", 0, 0)),
+    "hadamard dim zero": ("dim 0 is not a power of two", attr(HADAMARD, 0, 0)),
+    "hadamard dim": ("dim 12 is not a power of two", attr(HADAMARD, 0, 12)),
+    "hadamard dim too large": ("dim 32 does not divide 16", attr(HADAMARD, 0, 32)),
+    "hadamard widths": ("widths differ", operand(HADAMARD, "out", 0, 8)),
     "attend softcap": ("softcap is negative", attr(ATTEND, 2, -1.0)),
 }  # fmt: skip
 
@@ -297,7 +331,7 @@ def test_explain_names_everything() -> None:
         np.array([tuple(c) for c in good.caches], program.CACHE_DTYPE),
         good.tensors,
     )
-    assert [r["index"] for r in rows] == list(range(13))
+    assert [r["index"] for r in rows] == list(range(15))
     assert rows[RMSNORM]["attrs"] == {"eps": float(np.float32(1e-5)), "dim": 16}
     assert rows[ROPE]["in"] == ["s2[T,16] = s1+0"] and rows[ROPE]["weights"] == ["freq"]
     assert rows[GLU]["attrs"] == {"function": "silu"}

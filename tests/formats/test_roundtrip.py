@@ -12,11 +12,11 @@ from programs import Logical, Tiny, code_matrix, float_tensor
 
 from halfbyte.formats import encodings, metadata, tiles
 from halfbyte.formats.container import DATA_ALIGNMENT, SECTION_ALIGNMENT, File
-from halfbyte.formats.encodings import ENCODINGS
-from halfbyte.formats.errors import FormatError, HalfbyteError
+from halfbyte.formats.encodings import MATRIX_ENCODINGS, SCALE_TYPES, parameters_are_valid
+from halfbyte.formats.errors import FormatError, HalfbyteError, UsageError
 from halfbyte.formats.writer import TensorSpec, Writer
 
-CODED = [e.name for e in ENCODINGS if not e.is_float]
+CODED = [e.name for e in MATRIX_ENCODINGS if e.has_codes]
 
 
 def carrier() -> Tiny:
@@ -33,16 +33,20 @@ def random_matrix(encoding: str, rows: int, cols: int, rng: np.random.Generator,
     name = f"{encoding}.{rows}x{cols}"
     if encoding in CODED:
         group, scale = (0, 4, 8, 16, 32, 64, 128)[i % 7], ("f32", "f16", "bf16")[i % 3]
+        e = encodings.BY_NAME[encoding]
+        if e.scale == "*" and parameters_are_valid(e, group, encodings.K256) and i % 2:
+            scale = encodings.K256
         return code_matrix(name, encoding, rows, cols, rng, group, scale)
     return float_tensor(name, rng.normal(size=(rows, cols)).astype(np.float32), encoding)
 
 
-@pytest.mark.parametrize("encoding", [e.name for e in ENCODINGS])
+@pytest.mark.parametrize("encoding", [e.name for e in MATRIX_ENCODINGS])
 def test_every_tail_comes_back(encoding: str, tmp_path: Path) -> None:
     """Rows and columns from 1 to 40, every plane equal to what was packed; padding is zero."""
     rng = np.random.default_rng(len(encoding))
     t = carrier()
     shapes = [(n, 41 - n) for n in range(1, 41)] + [(n, n) for n in range(1, 41, 3)] + [(17, 33), (16, 32)]
+    shapes += [(18, 255), (16, 256), (3, 257), (33, 300), (17, 513)]  # about and beyond 256 columns
     made = [random_matrix(encoding, r, c, rng, i) for i, (r, c) in enumerate(dict.fromkeys(shapes))]
     for m in made:
         t.tensor(m)
@@ -87,11 +91,45 @@ def test_the_tile_is_the_text_of_the_spec() -> None:
         for j in range(k):
             byte = plane[(i // 16) * 8 * k + (j // 8) * 64 + (i % 16) * 4 + j % 4]
             assert (byte >> (4 * (j % 8 // 4))) & 15 == (nibbles[i, j] if i < rows and j < cols else 0)
+    for bits, columns in ((2, 16), (1, 32)):
+        fields = codes & ((1 << bits) - 1)
+        plane = tiles.pack_codes(fields, bits)
+        assert len(plane) == 48 * k * bits // 8
+        for i in range(48):
+            for j in range(k):
+                byte = plane[(i // 16) * 2 * k * bits + (j // columns) * 64 + (i % 16) * 4 + j % 4]
+                want = fields[i, j] if i < rows and j < cols else 0
+                assert (byte >> (bits * (j % columns // 4))) & ((1 << bits) - 1) == want
     values = rng.normal(size=(rows, 3))
     plane = tiles.pack_groups(values)
     for i in range(48):
         for g in range(3):
             assert plane[(i // 16) * 48 + g * 16 + i % 16] == (values[i, g] if i < rows else 0)
+
+
+@pytest.mark.parametrize(("bits", "low", "high"), [(3, 2, 1), (5, 4, 1), (6, 4, 2)])
+def test_codes_in_two_planes(bits: int, low: int, high: int) -> None:
+    """`codes` holds the low bits and `high` the others; together they are the codes."""
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 1 << bits, (35, 41)).astype(np.uint8)
+    planes = tiles.pack_code_planes(codes, bits)
+    assert list(planes) == ["codes", "high"]
+    np.testing.assert_array_equal(tiles.unpack_codes(planes["codes"], low, 35, 41), codes % (1 << low))
+    np.testing.assert_array_equal(tiles.unpack_codes(planes["high"], high, 35, 41), codes >> low)
+    np.testing.assert_array_equal(tiles.unpack_code_planes(planes, bits, 35, 41), codes)
+
+
+def test_the_example_of_two_planes() -> None:
+    """SPEC.md 6.2: element (17, 13) of a q3 matrix of 40 rows and 44 columns."""
+    codes = np.zeros((40, 44), np.uint8)
+    codes[17, 13] = 7
+    planes = {p.name: p for p in tiles.planes("q3", 40, 44, 32, "")}
+    assert [(n, p.offset, p.nbytes) for n, p in planes.items()] == [
+        ("codes", 0, 768), ("high", 768, 384), ("scales", 1152, 96), ("row", 1280, 48)
+    ]  # fmt: skip
+    stored = tiles.pack_code_planes(codes, 3)
+    assert np.flatnonzero(stored["codes"]) == 261 and stored["codes"][261] == 0b11000000
+    assert np.flatnonzero(stored["high"]) + 768 == 901 and stored["high"][133] == 0b1000
 
 
 def test_vectors_and_names(tmp_path: Path) -> None:
@@ -100,6 +138,7 @@ def test_vectors_and_names(tmp_path: Path) -> None:
     for e in ("f32", "f16", "bf16"):
         for n in (1, 31, 64, 77):
             t.tensor(float_tensor(f"vector é {e}.{n}", t.values(1, n)[0], e))
+    t.index(t.rng.integers(0, 1 << 32, 77, dtype=np.uint64))
     file = t.write(tmp_path / "v.hb", tokenizer=b"{}", template="{{ x }}")
     file.verify()
     for m in t.tensors[1:]:
@@ -301,3 +340,49 @@ def test_a_group_wider_than_the_row_is_a_whole_row(tmp_path: Path) -> None:
     file = t.write(tmp_path / "g.hb")
     assert file.tensors[1].group == 0
     np.testing.assert_array_equal(file.codes(file.tensors[1])["scales"], m.planes["scales"])
+
+
+def test_parameters_that_no_tensor_has(tmp_path: Path) -> None:
+    """Every encoding with every group and scale type: writable when the table allows it, else refused by name."""
+    allowed = refused = 0
+    for e in MATRIX_ENCODINGS:
+        for scale in SCALE_TYPES:
+            for group in (0, 4, 8, 12, 16, 32, 48, 64, 256):
+                spec = TensorSpec("m", e.name, (16, 512), group, scale)
+                if e.scale == "*" and not parameters_are_valid(e, group, scale):
+                    refused += 1
+                    with pytest.raises(UsageError, match=f"tensor m: {e.name} cannot have"):
+                        spec.resolved()
+                    continue
+                allowed += 1
+                done = spec.resolved()
+                assert parameters_are_valid(e, done.group, done.scale_type)
+                assert tiles.nbytes(e.name, 16, 512, done.group, done.scale_type) > 0
+    assert allowed > 200 and refused > 200
+    for name, group, scale in (("i4", 32, "k256"), ("a4", 16, "k256"), ("f8e4m3", 0, "f32")):
+        assert parameters_are_valid(encodings.BY_NAME[name], group, scale)
+    for name, group, scale in (
+        ("z4", 32, "k256"),
+        ("f8e4m3", 32, "k256"),
+        ("a4", 64, "k256"),
+        ("q3", 32, "f16"),
+    ):
+        assert not parameters_are_valid(encodings.BY_NAME[name], group, scale)
+
+
+def test_the_stated_version_is_the_lowest(tmp_path: Path) -> None:
+    """1.0 for what 1.0 had; 1.1 for a new encoding, a new scale type or a new op."""
+    rng = np.random.default_rng(3)
+    makers = {
+        "old": (0, lambda t: t.tensor(code_matrix("m", "a4", 16, 32, rng, 32, "f16"))),
+        "encoding": (1, lambda t: t.tensor(code_matrix("m", "q3", 16, 32, rng))),
+        "scales": (1, lambda t: t.tensor(code_matrix("m", "a4", 16, 32, rng, 32, "k256"))),
+        "op": (1, lambda t: t.emit("hadamard", [0], [0], dim=4)),
+    }
+    for name, (minor, change) in makers.items():
+        t = Tiny(3)
+        x = t.slot(4)
+        t.emit("embed", [x], [], (t.tensor(float_tensor("embed", t.values(8, 4))),))
+        change(t)
+        t.finish(x)
+        assert t.write(tmp_path / f"{name}.hb").version == (1, minor)

@@ -34,63 +34,77 @@ class Matrix:
     values: np.ndarray | None = None
 
 
+def random_codes(
+    rng: np.random.Generator, e: encodings.Encoding, rows: int, cols: int, group: int, scale_type: str, extreme: bool
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Codes and scales by the plane's name, as stored; see `random_matrix`."""
+    n, blocks = encodings.group_count(cols, group), encodings.group_count(cols, encodings.SUPER)
+    low, high = (-128, 128) if e.signed else (0, 1 << e.bits)
+    c = rng.integers(low, high, (rows, cols))
+    if extreme:
+        c = np.where(c * 2 < low + high, low, high - 1)
+    if e.kind == "float8":  # neither infinite nor not a number
+        c = np.where(np.isfinite(np.asarray(e.levels)[c]), c, 0x3C)
+    out = {"codes": c.astype(np.int8 if e.signed else np.uint8)}
+
+    def scales() -> np.ndarray:
+        if extreme:
+            return encodings.float_to_bits(np.full((rows, n), 0.25, np.float32), scale_type)
+        return encodings.float_to_bits(rng.uniform(-0.02, 0.02, (rows, n)).astype(np.float32), scale_type)
+
+    def two_level(name: str, above: str, byte: str) -> None:
+        k = np.iinfo(byte)
+        out[name] = np.full((rows, n), k.min or 64) if extreme else rng.integers(k.min, k.max + 1, (rows, n))
+        out[name] = out[name].astype(byte)
+        above_values = np.full((rows, blocks), 0.25) if extreme else rng.uniform(-2e-4, 2e-4, (rows, blocks))
+        out[above] = above_values.astype(np.float16)
+
+    if e.row_scale:
+        out["scales"] = rng.integers(128 if extreme else 0, 130 if extreme else 256, (rows, n)).astype(
+            np.uint8
+        )
+        row = np.where(rng.random(rows) < 0.1, 0, rng.integers(190, 215, rows))
+        out["row"] = np.where(extreme, 240, row).astype(np.uint8)
+    elif scale_type == encodings.K256:
+        byte = "u1" if e.offset == "min" else "i1"
+        two_level("scales", "super", byte)
+        if e.offset == "min":
+            two_level("mins", "supermin", byte)
+    else:
+        out["scales"] = scales()
+        if e.offset == "min":
+            out["mins"] = scales()
+    if e.offset == "zero":
+        out["zeros"] = rng.integers(0, (1 << e.bits) + (e.bits < 8), (rows, n)).astype(np.uint8)
+    return out
+
+
 def random_matrix(
     rng: np.random.Generator, encoding: str, rows: int, cols: int, group: int = 32, scale_type: str = "f16",
     extreme: bool = False,
 ) -> Matrix:  # fmt: skip
     """Uniform codes and scales of a useful size; `extreme`: the two end codes only, and power-of-two scales."""
     e = encodings.BY_NAME[encoding]
-    parts: dict[str, np.ndarray] = {}
     codes: dict[str, np.ndarray] = {}
     if e.is_float:
         group, scale_type = 0, ""
         stored = encodings.float_to_bits(rng.standard_normal((rows, cols)).astype(np.float32), encoding)
-        parts["values"] = tiles.pack_groups(stored).view(np.uint8)
+        parts = {"values": tiles.pack_groups(stored)}
         values = encodings.bits_to_float(stored, encoding)
     else:
         group = e.group if e.group else group
         scale_type = {"f16": "f16", "sub7": ""}.get(e.scale, scale_type)
-        n = encodings.group_count(cols, group)
-        low, high = (-128, 128) if e.signed else (0, 1 << e.bits)
-        c = rng.integers(low, high, (rows, cols))
-        if extreme:
-            c = np.where(c * 2 < low + high, low, high - 1)
-        codes["codes"] = c.astype(np.int8 if e.signed else np.uint8)
-        parts["codes"] = tiles.pack_codes(codes["codes"], e.bits)
-
-        def scales() -> np.ndarray:
-            if extreme:
-                return encodings.float_to_bits(np.full((rows, n), 0.25, np.float32), scale_type)
-            return encodings.float_to_bits(rng.uniform(-0.02, 0.02, (rows, n)).astype(np.float32), scale_type)
-
-        codes["scales"] = (
-            (rng.integers(128, 130, (rows, n)) if extreme else rng.integers(0, 256, (rows, n))).astype(
-                np.uint8
-            )
-            if e.row_scale
-            else scales()
-        )
-        parts["scales"] = tiles.pack_groups(codes["scales"]).view(np.uint8)
-        if e.offset == "min":
-            codes["mins"] = scales()
-            parts["mins"] = tiles.pack_groups(codes["mins"]).view(np.uint8)
-        if e.offset == "zero":
-            codes["zeros"] = rng.integers(0, 256 if e.bits == 8 else 17, (rows, n)).astype(np.uint8)
-            parts["zeros"] = tiles.pack_groups(codes["zeros"])
-        if e.row_scale:
-            row = np.where(rng.random(rows) < 0.1, 0, rng.integers(190, 215, rows))
-            codes["row"] = np.where(extreme, 240, row).astype(np.uint8)
-            parts["row"] = tiles.pack_groups(codes["row"][:, None])
-        s, m = codes["scales"], codes.get("mins")
-        if not e.row_scale:
-            s = encodings.bits_to_float(s, scale_type)
-            m = None if m is None else encodings.bits_to_float(m, scale_type)
-        values = encodings.dequantize(
-            encoding, codes["codes"], s, group, m, codes.get("zeros"), codes.get("row")
-        )
+        if scale_type == encodings.K256 and not encodings.parameters_are_valid(e, group, scale_type):
+            group, scale_type = 32, "f16"
+        codes = random_codes(rng, e, rows, cols, group, scale_type, extreme)
+        parts = tiles.pack_code_planes(codes["codes"], e.bits)
+        for name, a in codes.items():
+            if name != "codes":
+                parts[name] = tiles.pack_groups(a.reshape(rows, -1))
+        values = encodings.weights(*encodings.decode(encoding, codes, group, scale_type), group)
     data = np.zeros(tiles.nbytes(encoding, rows, cols, group, scale_type), np.uint8)
     for p in tiles.planes(encoding, rows, cols, group, scale_type):
-        data[p.offset : p.offset + p.nbytes] = parts[p.name]
+        data[p.offset : p.offset + p.nbytes] = parts[p.name].view(np.uint8)
     tensor = Tensor("w", encoding, tiles.P16, (rows, cols), group, scale_type, 0, len(data))
     return Matrix(tensor, aligned(data), codes, values)
 
@@ -121,7 +135,7 @@ class Bound:
             w.data, w.nbytes = ffi.cast("void *", m.data.ctypes.data), len(m.data)
             w.encoding, w.tile, w.group = encodings.BY_NAME[t.encoding].code, t.tile, t.group
             w.rows, w.cols = t.shape if len(t.shape) == 2 else (1, t.shape[0])
-            w.scale_type = encodings.BY_NAME[t.scale_type].code if t.scale_type else 0
+            w.scale_type = encodings.SCALE_TYPES[t.scale_type]
         self.pool = ffi.gc(lib.hb_pool_create(threads), lib.hb_pool_free)
         self.error = ffi.new("char[256]")
 
@@ -169,6 +183,12 @@ class Bound:
         return arena.view(out, n_picks if is_picks else rows).copy()
 
 
+def index_vector(values: np.ndarray) -> Matrix:
+    """A u32 vector as stored."""
+    v = np.ascontiguousarray(values, np.uint32)
+    return Matrix(Tensor("i", "u32", tiles.ROWS, v.shape, 0, "", 0, v.nbytes), aligned(v.view(np.uint8)))
+
+
 def linear(matrix: Matrix, x: np.ndarray, bias: np.ndarray | None = None, **options) -> np.ndarray:
     """y = x @ matrix^T + bias through one LINEAR record."""
     rows, cols = matrix.tensor.shape
@@ -185,6 +205,7 @@ class Rig:
     linear = staticmethod(linear)
     random_matrix = staticmethod(random_matrix)
     vector = staticmethod(vector)
+    index_vector = staticmethod(index_vector)
 
     @staticmethod
     def usable() -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from halfbyte.formats import encodings, program
-from halfbyte.formats.encodings import ENCODINGS
+from halfbyte.formats.encodings import K256, MATRIX_ENCODINGS, parameters_are_valid
 from halfbyte.formats.ops import FUNCTIONS
 from halfbyte.runtime.backends import native
 from halfbyte.runtime.backends.backend import Step
@@ -28,7 +28,6 @@ from halfbyte.runtime.backends.reference import Reference, apply_function, linea
 from halfbyte.runtime.kv import KV
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = {"q8": "q8", "q4": "q4", "i8": "affine8", "a8": "affine8", "z8": "affine8"}
 TOKENS = (1, 2, 3, 8, 33)
 SYSROOT = "/usr/aarch64-linux-gnu"
 COMPILER, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -80,7 +79,7 @@ class Vectors:
         for m in weights:
             t = m.tensor
             shape = t.shape if len(t.shape) == 2 else (1, t.shape[0])
-            scale = encodings.BY_NAME[t.scale_type].code if t.scale_type else 0
+            scale = encodings.SCALE_TYPES[t.scale_type]
             e = encodings.BY_NAME[t.encoding].code
             table += struct.pack("<2Q6I", 0, len(m.data), e, t.tile, *shape, t.group, scale)
         self.put(table)
@@ -101,17 +100,16 @@ class Vectors:
         x = rng.standard_normal((tokens, cols)).astype(np.float32)
         if extreme:
             x = np.where(x < 0, -127.0, 127.0).astype(np.float32)
-        is_float = encodings.BY_NAME[encoding].is_float
-        if is_float or policy == "f32":
+        e = encodings.BY_NAME[encoding]
+        if policy == "f32" or not e.is_integer:
             want = x.astype(np.float64) @ m.values.T.astype(np.float64) + bias.values
             bound = (np.abs(x) @ np.abs(m.values).T + 3).max() * (cols + 1) ** 0.5 * 2.0**-23
         else:
             want = linear_i8g32(x, m.codes, m.tensor) + bias.values
             # the reference's fma rounds twice: one unit in the last place of the largest partial sum
             bound = (np.abs(want).max() + np.abs(x).max() * np.abs(m.values).max() * cols) * 2.0**-22
-        family = (
-            "float" if is_float else "dequantised" if policy == "f32" else FAMILIES.get(encoding, "affine4")
-        )
+        integer = f"bits{e.bits}" if e.is_integer and policy == "i8g32" else "dequantised"
+        family = "float" if e.is_float else integer
         record = program.record("linear", out=[1], ins=[0], weights=[0, 1])
         name = f"linear {encoding} {policy} {rows}x{cols} g{group} {scale_type} T{tokens}"
         self.case(
@@ -137,10 +135,18 @@ def step_of(rows, positions=None, kvs=()):
 
 def linear_cases(v: Vectors, rng) -> None:
     """Every encoding, group, tail and number of tokens; the ends of the integer range; a row of many chunks."""
-    for e in ENCODINGS:
-        groups = [(0, "f32"), (4, "bf16"), (8, "f16"), (16, "f16"), (32, "bf16"), (96, "f32")]
-        if e.is_float or e.name in ("q8", "q4"):
-            groups = [(32, "f16")]
+    every = [
+        (0, "f32"),
+        (4, "bf16"),
+        (8, "f16"),
+        (16, "f16"),
+        (32, "bf16"),
+        (96, "f32"),
+        (16, K256),
+        (32, K256),
+    ]
+    for e in MATRIX_ENCODINGS:
+        groups = [g for g in every if parameters_are_valid(e, *g)] or [(32, "f16")]
         for group, scale_type in groups:
             for rows, cols in ((5, 33), (40, 100)):
                 for tokens in TOKENS:
@@ -148,20 +154,24 @@ def linear_cases(v: Vectors, rng) -> None:
             for rows, cols in ((1, 1), (17, 31), (33, 7), (16, 64)):
                 v.linear(rng, e.name, rows, cols, group, scale_type, 5)
         v.linear(rng, e.name, 18, 1100, 64, "f16", 13)
-        if not e.is_float:
+        if e.is_integer and not e.group and e.offset != "zero":
+            v.linear(rng, e.name, 18, 1100, 16, K256, 13)
+            v.linear(rng, e.name, 18, 1104, 16, K256, 1)
+        if e.is_integer:
             v.linear(rng, e.name, 18, 96, 32, "f32", 7, extreme=True)
             v.linear(rng, e.name, 18, 96, 32, "f32", 1, extreme=True)
             for rows, cols, group, scale_type in (
                 (17, 31, 0, "f32"),
                 (40, 100, 8, "bf16"),
                 (3, 520, 32, "f16"),
+                (3, 520, 16, K256),
             ):
                 v.linear(rng, e.name, rows, cols, group, scale_type, 3, policy="f32")
 
 
 def row_cases(v: Vectors, rng) -> None:
     """The ops that treat rows alike."""
-    for e in ENCODINGS:
+    for e in MATRIX_ENCODINGS:
         m = v.rig.random_matrix(rng, e.name, 37, 33, 4, "f16")
         ids = rng.integers(0, 37, 9)
         rec = program.record("embed", out=[0], weights=[0])
@@ -179,6 +189,15 @@ def row_cases(v: Vectors, rng) -> None:
             rec = program.record("layernorm", out=[1], ins=[0], weights=ws, eps=1e-5, dim=dim)
             bound = 2.0**-22 * np.abs(want).max()
             v.case(f"layernorm {dim}", [rec], [2 * dim] * 2, {0: x}, 1, 4, want, bound, weights=[w, bias])
+    for dim in (1, 2, 8, 16, 64, 512):
+        x = rng.standard_normal((3, 3 * dim)).astype(np.float32)
+        rec = program.record("hadamard", out=[1], ins=[0], dim=dim)
+        want = law().hadamard(step_of(3), x, dim)
+        bound = 2.0**-21 * np.abs(want).max()
+        v.case(f"hadamard {dim}", [rec], [3 * dim] * 2, {0: x}, 1, 3, want, bound)
+    x, order = rng.standard_normal((3, 40)).astype(np.float32), rng.integers(0, 40, 77)
+    rec, index = program.record("gather", out=[1], ins=[0], weights=[0]), v.rig.index_vector(order)
+    v.case("gather", [rec], [40, 77], {0: x}, 1, 3, x[:, order], 0.0, weights=[index])
     a, b = (rng.standard_normal((3, 37)).astype(np.float32) for _ in range(2))
     recs = [program.record("add", out=[0], ins=[0, 1], scale=0.3), program.record("mul", out=[2], ins=[0, 1])]
     v.case("add mul", recs, [37] * 3, {0: a, 1: b}, 2, 3, (a + np.float32(0.3) * b) * b, 0.0)

@@ -24,7 +24,7 @@ def quantized(rng, spec):
     n = encodings.group_count(cols, spec.group)
     low, high = (-128, 128) if e.signed else (0, 1 << e.bits)
     codes = rng.integers(low, high, spec.shape).astype(np.int8 if e.signed else np.uint8)
-    out = {"codes": tiles.pack_codes(codes, e.bits)}
+    out = tiles.pack_code_planes(codes, e.bits)
     if e.row_scale:
         out["scales"] = tiles.pack_groups(rng.integers(0, 256, (rows, n)).astype(np.uint8))
         out["row"] = tiles.pack_groups(np.full((rows, 1), 4 * (60 - 17), np.uint8))
@@ -58,7 +58,7 @@ def model(tmp_path_factory, rig):
     slots += [(KV_HEADS * HEAD, 2, (HEADS + KV_HEADS) * HEAD, 0), (HEADS * HEAD, 6, 0, 0), (2 * FF, 7, 0, 0)]
     slots += [(FF, 8, 0, 0), (DIM, 9, 0, 1), (VOCAB, 10, 0, 1), (DIM, 11, 0, 0)]
     x, h, all3, q, k, v, attended, up, ff, last, logits, product = range(12)
-    kinds = [("q4", 32, "f16"), ("q8", 32, "f16"), ("i4", 16, "bf16"), ("z4", 64, "f16"), ("a4", 8, "f32")]
+    kinds = [("q4", 32, "f16"), ("q5", 32, "f16"), ("i6", 16, "bf16"), ("z3", 64, "f16"), ("a4", 8, "f32")]
     kinds += [("a8", 0, "f16"), ("z8", 32, "f32"), ("i8", 4, "f16")]
     matrices = iter(kinds)
 
@@ -194,4 +194,4 @@ def test_describe_names_the_kernels(model, monkeypatch):
     monkeypatch.setenv("HALFBYTE_ISA", "scalar")
     facts = Native(model, threads=1).describe()
     assert facts["isa"] == "scalar" and facts["backend"] == "native"
-    assert facts["kernels"]["linear.q4"] == "hb_linear_q4_scalar"
+    assert facts["kernels"]["linear.bits4"] == "hb_linear_bits4_scalar"

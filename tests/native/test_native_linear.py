@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from halfbyte.formats.encodings import ENCODINGS
+from halfbyte.formats import program, tiles
+from halfbyte.formats.encodings import BY_NAME, K256, MATRIX_ENCODINGS, parameters_are_valid
 from halfbyte.runtime.backends import reference
 
-CODES = [e.name for e in ENCODINGS if not e.is_float]
-FLOATS = [e.name for e in ENCODINGS if e.is_float]
+INTEGERS = [e.name for e in MATRIX_ENCODINGS if e.is_integer]
+CODES = [e.name for e in MATRIX_ENCODINGS if e.has_codes]
+FLOATS = [e.name for e in MATRIX_ENCODINGS if e.is_float]
 SHAPES = [
     (1, 1),
     (16, 32),
@@ -26,20 +28,24 @@ SHAPES = [
 TOKENS = [1, 2, 3, 8, 33]
 
 
+VARIANTS = [
+    (0, "f32"),
+    (4, "bf16"),
+    (8, "f16"),
+    (16, "f32"),
+    (16, "f16"),
+    (32, "bf16"),
+    (64, "f16"),
+    (96, "f32"),
+    (16, K256),
+    (32, K256),
+]
+
+
 def variants(encoding):
-    """(group, scale type) to try: fixed for q8 and q4."""
-    if encoding in ("q8", "q4"):
-        return [(32, "f16")]
-    return [
-        (0, "f32"),
-        (4, "bf16"),
-        (8, "f16"),
-        (16, "f32"),
-        (16, "f16"),
-        (32, "bf16"),
-        (64, "f16"),
-        (96, "f32"),
-    ]
+    """(group, scale type) to try; one for the encodings that fix them."""
+    e = BY_NAME[encoding]
+    return [v for v in VARIANTS if parameters_are_valid(e, *v)] or [(32, "f16")]
 
 
 def expected(m, x):
@@ -47,7 +53,7 @@ def expected(m, x):
     return reference.linear_i8g32(x, m.codes, m.tensor)
 
 
-@pytest.mark.parametrize("encoding", CODES)
+@pytest.mark.parametrize("encoding", INTEGERS)
 def test_every_isa_gives_the_bits_of_the_reference(rig, encoding):
     # the reference's fma rounds in float64 first, so a rare last bit may differ from a true fma: at most
     # one unit in the last place of the largest partial sum. Between instruction sets nothing may differ.
@@ -70,7 +76,7 @@ def test_every_isa_gives_the_bits_of_the_reference(rig, encoding):
     assert exact >= 0.999 * total
 
 
-@pytest.mark.parametrize("encoding", CODES)
+@pytest.mark.parametrize("encoding", INTEGERS)
 def test_integer_sums_are_exact_at_the_ends_of_the_range(rig, encoding):
     # powers of two as scales make the whole epilogue exact: every bit must be the reference's
     rng = np.random.default_rng(2)
@@ -113,8 +119,22 @@ def test_policy_f32_dequantises(rig, encoding):
                 assert np.array_equal(y, got["scalar"]), isa
 
 
+@pytest.mark.parametrize("encoding", [e.name for e in MATRIX_ENCODINGS if e.kind == "float8"])
+def test_every_8_bit_float(rig, encoding):
+    m = rig.random_matrix(np.random.default_rng(8), encoding, 256, 1, 0, "f32")
+    codes, scales = tiles.planes(encoding, 256, 1, 0, "f32")
+    m.data[: codes.nbytes] = tiles.pack_codes(np.arange(256, dtype=np.uint8)[:, None], 8)
+    m.data[scales.offset :].view(np.float32)[:] = 1
+    want = np.array(BY_NAME[encoding].levels, np.float32)
+    for isa in rig.usable():
+        y = rig.linear(m, np.ones((1, 1), np.float32), isa=isa)
+        np.testing.assert_array_equal(y[0], want, err_msg=isa)
+    b = rig.Bound([program.record("embed", out=[0], weights=[0])], [1], [m])
+    np.testing.assert_array_equal(b.run({}, 0, 256, ids=np.arange(256))[:, 0], want)
+
+
 @pytest.mark.parametrize("policy", ["i8g32", "f32"])
-@pytest.mark.parametrize("encoding", [e.name for e in ENCODINGS])
+@pytest.mark.parametrize("encoding", [e.name for e in MATRIX_ENCODINGS])
 def test_a_row_does_not_depend_on_its_company(rig, encoding, policy):
     rng = np.random.default_rng(5)
     m = rig.random_matrix(rng, encoding, 50, 1100, 64, "f16")

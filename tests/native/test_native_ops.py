@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from halfbyte.formats import program
-from halfbyte.formats.encodings import ENCODINGS
+from halfbyte.formats.encodings import K256, MATRIX_ENCODINGS
 from halfbyte.formats.ops import FUNCTIONS
 from halfbyte.runtime.backends.backend import Step
 from halfbyte.runtime.backends.reference import Reference, apply_function
@@ -44,9 +44,15 @@ def ulps(got, want, slack=0.0):
     return float(np.max(np.maximum(distance - slack, 0) / spacing))
 
 
-@pytest.mark.parametrize("encoding", [e.name for e in ENCODINGS])
+@pytest.mark.parametrize("encoding", [e.name for e in MATRIX_ENCODINGS])
 def test_embed(rig, encoding):
-    for rows, cols, group, scale_type in ((37, 33, 4, "f16"), (16, 64, 0, "bf16"), (5, 100, 32, "f32")):
+    for rows, cols, group, scale_type in (
+        (37, 33, 4, "f16"),
+        (16, 64, 0, "bf16"),
+        (5, 100, 32, "f32"),
+        (20, 300, 16, K256),
+        (20, 300, 32, K256),
+    ):
         m = rig.random_matrix(RNG, encoding, rows, cols, group, scale_type)
         ids = RNG.integers(0, rows, 9)
         b = rig.Bound([program.record("embed", out=[0], weights=[0])], [cols], [m])
@@ -57,6 +63,36 @@ def test_pick_takes_rows_in_order(rig):
     x = RNG.standard_normal((5, 7)).astype(np.float32)
     b = rig.Bound([program.record("pick", out=[1], ins=[0])], [7, (7, 1, 0, 1)])
     assert np.array_equal(b.run({0: x}, 1, 5, picks=[4, 0, 4]), x[[4, 0, 4]])
+
+
+def test_gather_takes_columns_in_order(rig):
+    x = RNG.standard_normal((5, 40)).astype(np.float32)
+    index = RNG.integers(0, 40, 77)
+    record = program.record("gather", out=[1], ins=[0], weights=[0])
+    assert np.array_equal(
+        rig.Bound([record], [40, 77], [rig.index_vector(index)]).run({0: x}, 1, 5), x[:, index]
+    )
+    index[5] = 40
+    with pytest.raises(ValueError, match="an index is beyond the input"):
+        rig.Bound([record], [40, 77], [rig.index_vector(index)])
+    for wrong in (rig.index_vector(index[:-1] % 40), rig.vector(index % 40)):
+        with pytest.raises(ValueError, match="not a u32 vector of the width of the output"):
+            rig.Bound([record], [40, 77], [wrong])
+
+
+@pytest.mark.parametrize("dim", [1, 2, 4, 8, 16, 32, 128, 1024])
+def test_hadamard(rig, dim):
+    x = RNG.standard_normal((3, 3 * dim)).astype(np.float32)
+    want = law().hadamard(step_of(3), x, dim)
+    results = []
+    for isa in rig.usable():
+        for out in (0, 1):
+            record = program.record("hadamard", out=[out], ins=[0], dim=dim)
+            y = rig.Bound([record], [3 * dim] * 2, isa=isa).run({0: x}, out, 3)
+            # each of the log2(dim) steps rounds to half a unit in the last place
+            assert np.abs(y - want).max() <= (np.log2(dim) + 1) * 2.0**-24 * np.abs(want).max(), isa
+            results.append(y)
+    assert all(np.array_equal(y, results[0]) for y in results)
 
 
 @pytest.mark.parametrize("dim", [1, 7, 16, 33, 96])

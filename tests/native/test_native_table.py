@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_a_set_without_kernels_for_an_op_leaves_it_to_the_next(rig):
         for k in native.kernels(rig.ISAS.index("avx512vlvnni"))
         if k["chosen"] and k["isa"] != "scalar"
     }
-    own = {("linear", f) for f in ("q8", "q4", "affine8", "affine4")}
+    own = {("linear", f) for f in ("bits2", "bits3", "bits4", "bits5", "bits6", "bits8")}
     assert {key for key, name in isa.items() if name == "avx512vlvnni"} == own
     assert {name for key, name in isa.items() if key not in own} == {"avx2"}
 
@@ -126,6 +127,29 @@ def test_what_cannot_be_bound_is_refused_in_words(rig):
     short = type(m)(m.tensor, m.data[:-1])
     with pytest.raises(ValueError, match="too few bytes"):
         rig.Bound([rec], [64, 20], [short])
+    for encoding, group, scale_type in (
+        ("q3", 32, ""),
+        ("a5", 16, "k256"),
+        ("i6", 32, "k256"),
+        ("z2", 8, "f16"),
+    ):
+        m = rig.random_matrix(rng, encoding, 20, 300, group, scale_type)
+        rig.Bound([rec], [300, 20], [m])
+        with pytest.raises(ValueError, match="too few bytes"):
+            rig.Bound([rec], [300, 20], [type(m)(m.tensor, m.data[:-1])])
+    good = rig.random_matrix(rng, "z3", 20, 64, 32, "f16")
+    for wrong in (
+        {"group": 48},
+        {"group": 64, "scale_type": "k256"},
+        {"scale_type": ""},
+        {"encoding": "u32"},
+    ):
+        with pytest.raises(ValueError, match="this library does not know"):
+            rig.Bound([rec], [64, 20], [type(m)(dataclasses.replace(good.tensor, **wrong), good.data)])
+    odd = program.record("hadamard", out=[0], ins=[0], dim=24)
+    with pytest.raises(ValueError, match="dim of a hadamard is wrong"):
+        rig.Bound([odd], [48])
+    m = rig.random_matrix(rng, "q4", 20, 64)
     unknown = rec.copy()
     unknown["code"] = 99
     with pytest.raises(ValueError, match="does not know the op"):

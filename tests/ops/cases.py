@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from programs import F32, MIN_IDS, Tiny, code_matrix, exact_activations, float_tensor
 
-from halfbyte.formats.encodings import ENCODINGS
+from halfbyte.formats.encodings import BY_NAME as BY_ENCODING
+from halfbyte.formats.encodings import K256, MATRIX_ENCODINGS
 from halfbyte.formats.ops import BY_NAME, FUNCTIONS, OPS, PARAMETRIC
 from halfbyte.formats.program import PICKS
 
@@ -56,30 +57,45 @@ def variants(
 
 # (group, scale type) of the encodings whose tensors choose them; every group shape and scale type occurs.
 GROUPS = {
-    "i8": [(0, "f32"), (32, "f16"), (4, "bf16"), (64, "f32")],
-    "i4": [(32, "f16"), (128, "bf16"), (0, "f16"), (8, "f32")],
-    "a8": [(32, "f16"), (0, "f32"), (16, "bf16")],
-    "a4": [(32, "f16"), (64, "f32"), (8, "f16"), (0, "bf16")],
+    "i8": [(0, "f32"), (32, "f16"), (4, "bf16"), (64, "f32"), (16, "k256")],
+    "i4": [(32, "f16"), (128, "bf16"), (0, "f16"), (8, "f32"), (32, "k256")],
+    "a8": [(32, "f16"), (0, "f32"), (16, "bf16"), (16, "k256")],
+    "a4": [(32, "f16"), (64, "f32"), (8, "f16"), (0, "bf16"), (32, "k256")],
     "z8": [(128, "f16"), (0, "bf16"), (4, "f32")],
     "z4": [(128, "f16"), (32, "bf16"), (16, "f32"), (0, "f16")],
+    "i2": [(64, "f16"), (0, "f32"), (4, "bf16"), (16, "k256")],
+    "i3": [(128, "f16"), (8, "f32"), (32, "k256"), (0, "bf16")],
+    "i5": [(32, "bf16"), (0, "f16"), (16, "k256"), (256, "f32")],
+    "i6": [(256, "f16"), (4, "f32"), (16, "k256"), (0, "bf16")],
+    "a2": [(32, "f16"), (64, "bf16"), (0, "f32"), (16, "k256")],
+    "a5": [(8, "f16"), (128, "f32"), (32, "k256"), (0, "bf16")],
+    "z2": [(64, "f16"), (0, "bf16"), (4, "f32")],
+    "z3": [(32, "f16"), (128, "bf16"), (16, "f32"), (0, "f16")],
+    "n4": [(32, "f16"), (16, "f32"), (32, "k256"), (0, "bf16")],
+    "m4": [(32, "bf16"), (128, "f16"), (0, "f32"), (16, "k256")],
+    "f8e4m3": [(0, "f32"), (128, "bf16"), (32, "f16"), (4, "f16")],
+    "f8e5m2": [(0, "f16"), (64, "f32"), (8, "bf16")],
 }
 SHAPES = [(48, 64), (19, 44), (1, 33), (130, 160)]  # rows, cols: whole tiles, tails, one row, several panels
+WIDE = [(19, 300), (33, 512)]  # where 256 columns share something
+FLOATING = tuple(e.name for e in MATRIX_ENCODINGS if not e.is_integer)  # no integer dot products
 
 
 def matrices() -> Iterator[tuple[str, int, str, int, int]]:
     """(encoding, group, scale type, rows, cols): every encoding, group and scale type; shapes in turn."""
     i = 0
-    for e in ENCODINGS:
+    for e in MATRIX_ENCODINGS:
         for group, scale_type in GROUPS.get(e.name, [(0, "")] * 3):
+            shapes = WIDE if scale_type == K256 or group == 256 else SHAPES
             for step in range(2 if e.name in GROUPS else 1):
-                yield (e.name, group, scale_type, *SHAPES[(i + step) % len(SHAPES)])
+                yield (e.name, group, scale_type, *shapes[(i + step) % len(shapes)])
             i += 1
 
 
 def _matrix(
     tiny: Tiny, encoding: str, group: int, scale: str, rows: int, cols: int, exact: bool = False
 ) -> int:
-    if encoding in ("f32", "f16", "bf16"):
+    if BY_ENCODING[encoding].is_float:
         return tiny.tensor(float_tensor("matrix", tiny.values(rows, cols), encoding))
     return tiny.tensor(code_matrix("matrix", encoding, rows, cols, tiny.rng, group, scale, exact))
 
@@ -136,7 +152,7 @@ def linear() -> Cases:
     """Every encoding with and without bias; and once more with data for which every sum is exact."""
     for i, (encoding, group, scale, rows, cols) in enumerate(matrices()):
         for exact in (False, True):
-            if exact and encoding in ("f32", "f16", "bf16"):
+            if exact and encoding in FLOATING:
                 continue
 
             def build(
@@ -258,6 +274,30 @@ def kv_put() -> Cases:
             t.finish(v)
 
         yield from variants("kv_put", f"{kv_heads}.{k_dim}.{v_dim}", build, tolerance="exact")
+
+
+def gather() -> Cases:
+    """Permutations, columns left out, columns repeated, one column."""
+    for width, count in ((64, 64), (77, 40), (20, 131), (5, 1)):
+
+        def build(t: Tiny, width=width, count=count) -> None:
+            x = t.input(width, ids=max(MIN_IDS, count))
+            index = t.rng.permutation(width)[:count] if count <= width else t.rng.integers(0, width, count)
+            index[-1] = width - 1
+            t.test("gather", [t.output(count)], [x], (t.index(index),))
+
+        yield from variants("gather", f"{width}.{count}", build, tolerance="exact")
+
+
+def hadamard() -> Cases:
+    """Whole rows and runs, from one column to many."""
+    for width, dim in ((64, 64), (96, 32), (384, 128), (1024, 1024), (36, 4), (34, 2), (7, 1)):
+
+        def build(t: Tiny, width=width, dim=dim) -> None:
+            x = t.input(width, ids=max(MIN_IDS, width))
+            t.test("hadamard", [t.output(width, x)], [x], dim=dim)
+
+        yield from variants("hadamard", f"{width}.{dim}", build)
 
 
 CASES: dict[str, list[Case]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Logical:
         out = {}
         for name, a in self.planes.items():
             if name == "codes":
-                out[name] = tiles.pack_codes(a, e.bits)
+                out.update(tiles.pack_code_planes(a, e.bits))
             else:
                 out[name] = tiles.pack_groups(a.reshape(len(a), -1))
         return out
@@ -61,7 +62,10 @@ def code_matrix(
     groups = encodings.group_count(cols, group)
     low, high = (-(1 << (e.bits - 1)), 1 << (e.bits - 1)) if e.signed else (0, 1 << e.bits)
     codes = rng.integers(low, high, (rows, cols)).astype(np.int8 if e.signed else np.uint8)
-    codes.flat[0], codes.flat[-1] = low, high - 1  # the extremes always occur
+    if e.is_integer:
+        codes.flat[0], codes.flat[-1] = low, high - 1  # the extremes always occur
+    else:
+        codes = finite_float8(e, rng, rows, cols)
     spec = TensorSpec(name, encoding, (rows, cols), group, scale_type)
     planes: dict[str, np.ndarray] = {"codes": codes}
     if e.row_scale:
@@ -71,19 +75,57 @@ def code_matrix(
         row[rows // 2] = 0 if rows > 2 else row[rows // 2]
         return Logical(spec, {**planes, "scales": k, "row": row})
 
-    def numbers(low_exponent: int, high_exponent: int, signs: list[int]) -> np.ndarray:
-        power = 2.0 ** rng.integers(low_exponent, high_exponent, (rows, groups))
-        fraction = 1.0 if exact else rng.uniform(1, 2, (rows, groups))
-        values = power * fraction * rng.choice(signs, (rows, groups))
-        return encodings.float_to_bits(values.astype(F32), scale_type)
+    def numbers(low_exponent: int, high_exponent: int, signs: list[int], count: int) -> np.ndarray:
+        power = 2.0 ** rng.integers(low_exponent, high_exponent, (rows, count))
+        fraction = 1.0 if exact else rng.uniform(1, 2, (rows, count))
+        return (power * fraction * rng.choice(signs, (rows, count))).astype(F32)
 
-    planes["scales"] = numbers(-9, -7, [1, 1, 1, -1])
+    if scale_type == encodings.K256:
+        return Logical(spec, {**planes, **two_level(e, rng, rows, cols, groups, exact, numbers)})
+
+    def stored(low_exponent: int, high_exponent: int, signs: list[int]) -> np.ndarray:
+        return encodings.float_to_bits(numbers(low_exponent, high_exponent, signs, groups), scale_type)
+
+    planes["scales"] = stored(-9, -7, [1, 1, 1, -1])
     if e.offset == "min":
-        planes["mins"] = numbers(-5, -3, [1, -1])
+        planes["mins"] = stored(-5, -3, [1, -1])
     if e.offset == "zero":
-        top = 256 if e.bits == 8 else 17
+        top = 256 if e.bits == 8 else (1 << e.bits) + 1
         planes["zeros"] = rng.integers(0, top, (rows, groups)).astype(np.uint8)
     return Logical(spec, planes)
+
+
+def finite_float8(e: encodings.Encoding, rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+    """Codes of 8-bit floats below 2^6, lest one of them be all that a sum shows; zeros and subnormals too."""
+    values = np.array(e.levels, F32)
+    return rng.choice(np.flatnonzero(np.abs(values) < 64), (rows, cols)).astype(np.uint8)
+
+
+def two_level(
+    e: encodings.Encoding,
+    rng: np.random.Generator,
+    rows: int,
+    cols: int,
+    groups: int,
+    exact: bool,
+    numbers: Callable[[int, int, list[int], int], np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The planes of k256 scales; `exact` makes every product a power of two."""
+    supers = encodings.group_count(cols, encodings.SUPER)
+    signed = e.offset != "min"
+    dtype = np.int8 if signed else np.uint8
+
+    def bytes_() -> np.ndarray:
+        if exact:
+            return rng.choice([1, -2 if signed else 2], (rows, groups)).astype(dtype)
+        return rng.integers(-128 if signed else 0, 128 if signed else 256, (rows, groups)).astype(dtype)
+
+    low, high = (-9, -8) if exact else (-14, -12)
+    planes = {"scales": bytes_(), "super": numbers(low, high, [1, 1, -1], supers).astype(np.float16)}
+    if not signed:
+        planes["mins"] = bytes_()
+        planes["supermin"] = numbers(low + 4, high + 4, [1, -1], supers).astype(np.float16)
+    return planes
 
 
 def exact_activations(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
@@ -130,6 +172,11 @@ class Tiny:
     def vector(self, values: np.ndarray) -> int:
         """An f32 vector."""
         return self.tensor(float_tensor(f"vector{len(self.tensors)}", values.astype(F32)))
+
+    def index(self, values: np.ndarray) -> int:
+        """A u32 vector of column numbers."""
+        spec = TensorSpec(f"index{len(self.tensors)}", "u32", values.shape)
+        return self.tensor(Logical(spec, {"values": values.astype("<u4")}))
 
     def emit(
         self, op: str, out: list[int], ins: list[int], weights: tuple[int | None, ...] = (), **attrs

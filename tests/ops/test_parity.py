@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import ALL, Case
+from cases import ALL, FLOATING, Case
 
 from halfbyte.formats.container import File
 from halfbyte.formats.ops import BY_CODE
@@ -114,7 +114,7 @@ def compare(case: Case, policy: str, got: np.ndarray, want: np.ndarray, size: np
         allowed = 1e-5 * np.linalg.norm(want, axis=1)[:, None]
     else:
         assert size is not None
-        is_integer = policy == "i8g32" and case.covers not in ("f32", "f16", "bf16")
+        is_integer = policy == "i8g32" and case.covers not in FLOATING
         allowed = (4 * np.spacing(size.astype(np.float32)) if is_integer else 1e-5 * size)[:, None]
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)
     assert (error <= allowed).all(), f"at {worst}: {got[worst]!r}, reference {want[worst]!r}"

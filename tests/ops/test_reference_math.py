@@ -7,11 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import ALL, ATTENTION, CASES, Case
+from cases import ALL, ATTENTION, CASES, FLOATING, Case
 from programs import Logical, Tiny, code_matrix
 
 from halfbyte.formats.container import File
-from halfbyte.formats.encodings import ENCODINGS, Q4_LEVELS
+from halfbyte.formats.encodings import BY_NAME as BY_ENCODING
+from halfbyte.formats.encodings import (
+    FP4_LEVELS,
+    MATRIX_ENCODINGS,
+    Q2_LEVELS,
+    Q3_LEVELS,
+    Q4_LEVELS,
+    Q5_LEVELS,
+    parameters_are_valid,
+)
 from halfbyte.formats.ops import BY_NAME, FUNCTIONS, OPS, PARAMETRIC
 from halfbyte.runtime.backends.backend import Step
 from halfbyte.runtime.backends.reference import Reference, apply_function, quantize_activations
@@ -29,7 +38,7 @@ def test_every_op_function_and_encoding_has_a_case() -> None:
     covered = {op: {c.covers for c in CASES[op]} for op in CASES}
     assert covered["unary"] == set(FUNCTIONS)
     assert covered["glu"] == set(FUNCTIONS) - set(PARAMETRIC)
-    assert covered["linear"] == covered["embed"] == {e.name for e in ENCODINGS}
+    assert covered["linear"] == covered["embed"] == {e.name for e in MATRIX_ENCODINGS}
     assert all(BY_NAME[c.op] for c in ALL) and len({str(c) for c in ALL}) == len(ALL)
 
 
@@ -53,46 +62,107 @@ def operands(file: File, tested: int, law: Reference, step: Step) -> tuple[list[
     return ins, law.slot(int(r["out"][0]), step).astype(np.float64)
 
 
+# Level tables that SPEC.md 5.3 lists, and the shifts of the q family.
+TABLES = {
+    "q2": Q2_LEVELS,
+    "q3": Q3_LEVELS,
+    "q4": Q4_LEVELS,
+    "q5": Q5_LEVELS,
+    "n4": Q4_LEVELS,
+    "m4": FP4_LEVELS,
+}
+SHIFTS = {"q2": 5, "q3": 4, "q4": 4, "q5": 2, "q6": 2}
+
+
+def float8(code: int, mantissa: int, bias: int) -> float:
+    """A finite 8-bit float, by the text of SPEC.md 5.5."""
+    e, m = code % 128 >> mantissa, code % (1 << mantissa)
+    size = m / 2**mantissa * 2.0 ** (1 - bias) if e == 0 else (1 + m / 2**mantissa) * 2.0 ** (e - bias)
+    return -size if code > 127 else size
+
+
+def scalar_level(encoding: str, c: int) -> float:
+    """L[c], by the text of SPEC.md 5."""
+    if encoding in TABLES:
+        return TABLES[encoding][c]
+    if encoding == "q6":
+        return 4 * (c - 32)
+    if encoding.startswith("f8"):
+        return float8(c, *((3, 7) if encoding == "f8e4m3" else (2, 15)))
+    return c - {"i2": 2, "i3": 4, "i4": 8, "i5": 16, "i6": 32}.get(encoding, 0)
+
+
 def scalar_weight(t: Logical, encoding: str, i: int, j: int) -> tuple[float, float]:
     """(w[i, j], its size before cancellation) of a code matrix, by the text of SPEC.md section 5."""
     p, group = t.planes, t.spec.group
     g = 0 if group == 0 else j // group
-    c = int(p["codes"][i, j])
-    if encoding == "q4":
+    level = scalar_level(encoding, int(p["codes"][i, j]))
+    if encoding in SHIFTS:
         b, r = int(p["scales"][i, g]), int(p["row"][i])
         big = 0.0 if r == 0 else (1 + (r % 4) / 4) * 2.0 ** (r // 4 - 60)
-        w = big * ((b - b % 2) - 127) * (Q4_LEVELS[c] + 4 * (b % 2))
+        w = big * ((b - b % 2) - 127) * (level + SHIFTS[encoding] * (b % 2))
         return w, abs(w)
 
-    def number(v: np.generic) -> float:
+    def number(plane: str, above: str) -> float:
+        v = p[plane][i, g]
+        if t.spec.scale_type == "k256":
+            return float(p[above][i, g * group // 256]) * int(v)
         if t.spec.scale_type == "bf16":
             return float(np.array([int(v) << 16], np.uint32).view(np.float32)[0])
         return float(v)
 
-    s = number(p["scales"][i, g])
-    if encoding in ("a8", "a4"):
-        m = number(p["mins"][i, g])
-        return s * c + m, abs(s * c) + abs(m)
-    zero = {"q8": 0, "i8": 0, "i4": 8}.get(encoding)
-    w = s * (c - (int(p["zeros"][i, g]) if zero is None else zero))
+    s = number("scales", "super")
+    if encoding[0] == "a":
+        m = number("mins", "supermin") * (-1 if t.spec.scale_type == "k256" else 1)
+        return s * level + m, abs(s * level) + abs(m)
+    w = s * (level - (int(p["zeros"][i, g]) if encoding[0] == "z" else 0))
     return w, abs(w)
 
 
-@pytest.mark.parametrize("group", [0, 4, 8, 16, 32, 64])
-@pytest.mark.parametrize("encoding", [e.name for e in ENCODINGS if not e.is_float])
-def test_dequantised_values_are_the_formula(encoding: str, group: int, tmp_path: Path) -> None:
+CODED = [e for e in MATRIX_ENCODINGS if e.has_codes]
+CHOICES = [
+    (e.name, group, "bf16" if group == 8 else "f16")
+    for e in CODED
+    for group in (0, 4, 8, 16, 32, 64, 256)
+    if e.scale == "*" or group == 0
+] + [(e.name, group, "k256") for e in CODED for group in (16, 32) if parameters_are_valid(e, group, "k256")]
+
+
+@pytest.mark.parametrize(("encoding", "group", "scale_type"), CHOICES)
+def test_dequantised_values_are_the_formula(
+    encoding: str, group: int, scale_type: str, tmp_path: Path
+) -> None:
     """Through the file and back: every element is the scalar formula, to within its two roundings."""
+    cols = 300 if scale_type == "k256" or group == 256 else 70
     tiny = Tiny(1)
-    t = code_matrix("m", encoding, 49, 70, tiny.rng, group, "bf16" if group == 8 else "f16")
-    matrix, x, y = tiny.tensor(t), tiny.slot(70), tiny.slot(49)
+    t = code_matrix("m", encoding, 49, cols, tiny.rng, group, scale_type)
+    matrix, x, y = tiny.tensor(t), tiny.slot(cols), tiny.slot(49)
     tiny.emit("embed", [x], [], (matrix,))
     tiny.test("linear", [y], [x], (matrix, None))
     file = tiny.write(tmp_path / "m.hb")
     w = file.dequantize(file.tensors[0])
     for i in range(49):
-        for j in range(70):
+        for j in range(cols):
             want, size = scalar_weight(t, encoding, i, j)
             assert abs(float(w[i, j]) - want) <= 2**-23 * size, (i, j)
+
+
+@pytest.mark.parametrize(("name", "mantissa", "bias"), [("f8e4m3", 3, 7), ("f8e5m2", 2, 15)])
+def test_float8_tables(name: str, mantissa: int, bias: int) -> None:
+    """All 256 codes: the formula, the NaNs and infinities, and ml_dtypes' own tables."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    levels = np.array(BY_ENCODING[name].levels, np.float32)
+    theirs = (
+        np.arange(256)
+        .astype(np.uint8)
+        .view({"f8e4m3": ml_dtypes.float8_e4m3fn, "f8e5m2": ml_dtypes.float8_e5m2}[name])
+    )
+    np.testing.assert_array_equal(levels, theirs.astype(np.float32))
+    special = {0x7F, 0xFF} if name == "f8e4m3" else {*range(0x7C, 0x80), *range(0xFC, 0x100)}
+    for c in range(256):
+        assert np.isfinite(levels[c]) == (c not in special)
+        if c not in special:
+            assert levels[c] == float8(c, mantissa, bias)
 
 
 LINEARS = [c for c in PLAIN if c.op == "linear"]
@@ -113,7 +183,7 @@ def test_linear_is_the_product_of_what_it_rounded_to(case: Case, tmp_path: Path)
     for policy in ("f32", "i8g32"):
         law, step = run(file, policy, np.arange(9))
         (x,), y = operands(file, tiny.tested, law, step)
-        if policy == "i8g32" and case.covers not in ("f32", "f16", "bf16"):
+        if policy == "i8g32" and case.covers not in FLOATING:
             q, d = quantize_activations(x.astype(np.float32))
             rounded = (q.reshape(9, -1, 32) * d.astype(np.float64)[..., None]).reshape(9, -1)[:, : x.shape[1]]
             assert (np.abs(rounded - x) <= np.repeat(d, 32, axis=1)[:, : x.shape[1]] * 0.5001).all()
@@ -236,3 +306,34 @@ def test_attention_with_an_explicit_mask(case: Case, shape: tuple, tmp_path: Pat
         p = np.exp(s - s.max(axis=1, keepdims=True))
         want = p / p.sum(axis=1, keepdims=True) @ v[:, kh * v_dim : (kh + 1) * v_dim]
         np.testing.assert_allclose(y[:, h * v_dim : (h + 1) * v_dim], want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.op == "hadamard"], ids=str)
+def test_hadamard_is_its_matrix(case: Case, tmp_path: Path) -> None:
+    """y[i] = sum (-1)^popcount(i & j) x[j] / sqrt(dim), run by run; twice is the identity."""
+    tiny = case.tiny()
+    file = tiny.write(tmp_path / "m.hb")
+    law, step = run(file, "f32", np.arange(5))
+    (x,), y = operands(file, tiny.tested, law, step)
+    dim = int(file.program[tiny.tested]["attr"][0])
+    i = np.arange(dim)
+    parity = np.array([[bin(a & b).count("1") % 2 for b in i] for a in i])
+    h = (1 - 2 * parity) / math.sqrt(dim)
+    want = (x.reshape(5, -1, dim) @ h).reshape(x.shape)
+    bound = 1e-7 * np.abs(want).max(axis=1, keepdims=True)
+    assert (np.abs(y - want) <= bound).all()
+    again = law.hadamard(step, y.astype(np.float32), dim)
+    assert (np.abs(again - x) <= 4e-7 * np.abs(x).max(axis=1, keepdims=True)).all()
+
+
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.op == "gather"], ids=str)
+def test_gather_copies_columns(case: Case, tmp_path: Path) -> None:
+    """Column by column, and not simply the first ones."""
+    tiny = case.tiny()
+    file = tiny.write(tmp_path / "m.hb")
+    law, step = run(file, "f32", np.arange(5))
+    (x,), y = operands(file, tiny.tested, law, step)
+    index = file.vector(file.tensors[int(file.program[tiny.tested]["w"][0])])
+    assert index.dtype == np.uint32 and index[-1] == x.shape[1] - 1
+    for j, column in enumerate(index):
+        np.testing.assert_array_equal(y[:, j], x[:, int(column)])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +37,18 @@ class Matrix:
             self.planes = {"values": tiles.pack_groups(encodings.float_to_bits(values, encoding))}
             return
         n = encodings.group_count(cols, spec.group)
-        if e.bits == 4:
-            codes = rng.integers(0, 16, (rows, cols)).astype(np.uint8)
-        else:
-            codes = rng.integers(0, 256, (rows, cols)).astype(np.uint8)
-            codes = codes.view(np.int8) if e.signed else codes
-        self.planes = {"codes": tiles.pack_codes(codes, e.bits)}
+        codes = rng.integers(0, 1 << e.bits, (rows, cols)).astype(np.uint8)
+        if not e.is_integer:
+            codes &= 0xBF  # 8-bit floats below 2: no infinities
+        self.planes = tiles.pack_code_planes(codes.view(np.int8) if e.signed else codes, e.bits)
+        if spec.scale_type == encodings.K256:
+            blocks = encodings.group_count(cols, encodings.SUPER)
+            pairs = (("scales", "super"), ("mins", "supermin"))[: 2 if e.offset == "min" else 1]
+            for below, above in pairs:
+                self.planes[below] = tiles.pack_groups(rng.integers(0, 256, (rows, n)).astype(np.uint8))
+                wide = rng.uniform(scale / 8192, scale / 4096, (rows, blocks)).astype(np.float16)
+                self.planes[above] = tiles.pack_groups(wide)
+            return
 
         def floats(low, high):
             v = 2.0 ** rng.integers(-9, -6, (rows, n)) if exact else rng.uniform(low, high, (rows, n))
@@ -56,9 +64,8 @@ class Matrix:
         if e.offset == "min":
             self.planes["mins"] = floats(-scale, scale)
         if e.offset == "zero":
-            self.planes["zeros"] = tiles.pack_groups(
-                rng.integers(0, 17 if e.bits == 4 else 256, (rows, n)).astype(np.uint8)
-            )
+            top = 256 if e.bits == 8 else (1 << e.bits) + 1
+            self.planes["zeros"] = tiles.pack_groups(rng.integers(0, top, (rows, n)).astype(np.uint8))
 
     def write(self, writer, index):
         """Store every plane."""
@@ -187,13 +194,22 @@ def test_integer_parts_are_exact(tmp_path, isa):
         assert np.abs(b).max() > 1
 
 
-@pytest.mark.parametrize("name", ["avx2", "avxvnni"])
+# What the operands of a dot can come from: bytes, one plane or two, steps or a table of levels, either sign;
+# blocks narrower than the columns of 64 bytes; two-level scales; and 8-bit floats, which have no dots.
+VARIED = [
+    *(("q8", 32, "f16"), ("a8", 8, "f16"), ("z4", 8, "f16"), ("m4", 4, "bf16"), ("n4", 32, "k256")),
+    *(("q2", 32, ""), ("q3", 32, ""), ("q4", 32, ""), ("q5", 32, ""), ("q6", 32, "")),
+    *(("i2", 4, "f32"), ("i6", 16, "k256"), ("a5", 16, "k256"), ("z3", 8, "f16"), ("a2", 0, "f32")),
+    *(("f8e4m3", 0, "f32"), ("f8e5m2", 64, "bf16")),
+]
+
+
+@pytest.mark.parametrize("name", ["avx2", "avxvnni", "scalar"])
 def test_other_instruction_sets(tmp_path, name, monkeypatch):
-    """The dots of older x86 CPUs give the bits of this CPU's best, where this CPU has them too."""
+    """Other instructions and the generic code give the bits of this CPU's best, where this CPU has them."""
     rng = np.random.default_rng(3)
-    x = rng.standard_normal((5, 104)).astype(np.float32)
-    matrices = [Matrix(rng, e, e, 37, 104) for e in ("q8", "q4")]
-    matrices += [Matrix(rng, e, e, 37, 104, 8, "f16") for e in ("a8", "z4")]
+    x = rng.standard_normal((5, 304)).astype(np.float32)
+    matrices = [Matrix(rng, f"{e}.{g}.{t}", e, 37, 304, g, t) for e, g, t in VARIED]
     file, step = linear_file(tmp_path / "m.hb", matrices, x), step_of(np.arange(5))
     monkeypatch.delenv("HALFBYTE_ISA", raising=False)
     best = run_slots(Jit(file, "i8g32", 1), step)
@@ -202,8 +218,11 @@ def test_other_instruction_sets(tmp_path, name, monkeypatch):
         other = Jit(file, "i8g32", 1)
     except UsageError as error:
         pytest.skip(str(error))
-    for a, b in zip(best, run_slots(other, step)):
-        np.testing.assert_array_equal(a, b)
+    law = run_slots(Reference(file, "i8g32"), step)
+    what = ["embed", *VARIED, "pick"]
+    for name, a, b, c in zip(what, best, run_slots(other, step), law, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(name))
+        np.testing.assert_allclose(a, c, rtol=0, atol=4e-6 * np.abs(c).max(), err_msg=str(name))
 
 
 def test_extreme_codes_do_not_saturate(tmp_path, isa):
@@ -377,6 +396,21 @@ def test_more_threads_than_cpus_are_capped(tmp_path):
     jit = Jit(file, "i8g32", 4096)
     assert 1 <= jit.threads < 4096
     assert np.isfinite(feed(jit, KV(file.caches, "f16"), 0, 3)).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own(tmp_path):
+    """The threads stay behind in the parent; the child computes the same with new ones."""
+    file = model_file(tmp_path / "m.hb")
+    jit = Jit(file, "i8g32", 2)
+    jit._row_work[:] = 1 << 20
+    whole = feed(jit, KV(file.caches, "f16"), 0, 29)
+    child = os.fork()
+    if not child:
+        same = np.array_equal(feed(jit, KV(file.caches, "f16"), 0, 29), whole)
+        threads = sum(t.name.startswith("halfbyte-jit") for t in threading.enumerate())
+        os._exit(0 if same and threads == 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_importing_the_module_does_not_import_numba():

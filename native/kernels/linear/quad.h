@@ -15,7 +15,6 @@ typedef __m512i quad;
 #define QUAD_OFFSET_SIGNED (-128)
 #define QUAD_FLIP_UNSIGNED 0
 #define QUAD_OFFSET_UNSIGNED 0
-#define QUAD_OFFSET_TABLE (-128)
 #define QUAD_WIDE 12  /* tokens whose sums fit the registers */
 #define QUAD_DIRECT 4 /* tokens worth unpacking codes in registers for */
 #define QUAD_PANELS 2 /* panels of a blocked product, which then share every load of activations */
@@ -31,11 +30,19 @@ HB_INLINE quad quad_table(const int8_t levels[16]) {
     __m128i t = _mm_xor_si128(_mm_loadu_si128((const __m128i *)levels), _mm_set1_epi8((char)0x80));
     return _mm512_broadcast_i32x4(t);
 }
-HB_INLINE quad quad_low(quad raw, quad table) {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(raw, _mm512_set1_epi8(15)));
+HB_INLINE quad quad_or(quad a, quad b) { return _mm512_or_si512(a, b); }
+HB_INLINE quad quad_add(quad a, quad b) { return _mm512_add_epi8(a, b); }
+/* Of every byte the bits of `mask` after a shift to the right (to the left if negative). */
+HB_INLINE quad quad_field(quad raw, const int shift, const int mask) {
+    if (shift > 0) raw = _mm512_srli_epi16(raw, shift > 0 ? shift : 0);
+    if (shift < 0) raw = _mm512_slli_epi16(raw, shift < 0 ? -shift : 0);
+    return _mm512_and_si512(raw, _mm512_set1_epi8((char)mask));
 }
-HB_INLINE quad quad_high(quad raw, quad table) {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(raw, 4), _mm512_set1_epi8(15)));
+HB_INLINE quad quad_lookup(quad table, quad index) { return _mm512_shuffle_epi8(table, index); }
+/* The same of 32 entries: bit `bit` of `high` says which table. */
+HB_INLINE quad quad_lookup_32(const quad table[2], quad index, quad high, const int bit) {
+    __mmask64 second = _mm512_test_epi8_mask(high, _mm512_set1_epi8((char)(1 << bit)));
+    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(table[0], index), second, table[1], index);
 }
 HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
     int32_t x4;
@@ -53,7 +60,6 @@ typedef struct {
 #define QUAD_OFFSET_SIGNED (-128)
 #define QUAD_FLIP_UNSIGNED 0
 #define QUAD_OFFSET_UNSIGNED 0
-#define QUAD_OFFSET_TABLE (-128)
 #define QUAD_WIDE 6
 #define QUAD_DIRECT 2
 #if defined(HB_AVX512VLVNNI)
@@ -69,7 +75,6 @@ typedef struct {
 #define QUAD_OFFSET_SIGNED 0
 #define QUAD_FLIP_UNSIGNED 0x80
 #define QUAD_OFFSET_UNSIGNED 128
-#define QUAD_OFFSET_TABLE 0
 #define QUAD_WIDE 4
 #define QUAD_DIRECT 2
 #define HB_DOT_8 hb_dot_8
@@ -103,13 +108,27 @@ HB_INLINE quad quad_table(const int8_t levels[16]) {
     __m256i t = _mm256_broadcastsi128_si256(half);
     return (quad){t, t};
 }
-HB_INLINE quad quad_low(quad raw, quad table) {
-    __m256i m = _mm256_set1_epi8(15);
-    return (quad){_mm256_shuffle_epi8(table.l, _mm256_and_si256(raw.l, m)),
-                  _mm256_shuffle_epi8(table.h, _mm256_and_si256(raw.h, m))};
+HB_INLINE quad quad_or(quad a, quad b) {
+    return (quad){_mm256_or_si256(a.l, b.l), _mm256_or_si256(a.h, b.h)};
 }
-HB_INLINE quad quad_high(quad raw, quad table) {
-    return quad_low((quad){_mm256_srli_epi16(raw.l, 4), _mm256_srli_epi16(raw.h, 4)}, table);
+HB_INLINE quad quad_add(quad a, quad b) {
+    return (quad){_mm256_add_epi8(a.l, b.l), _mm256_add_epi8(a.h, b.h)};
+}
+HB_INLINE __m256i hb_field_32(__m256i raw, const int shift, const int mask) {
+    if (shift > 0) raw = _mm256_srli_epi16(raw, shift > 0 ? shift : 0);
+    if (shift < 0) raw = _mm256_slli_epi16(raw, shift < 0 ? -shift : 0);
+    return _mm256_and_si256(raw, _mm256_set1_epi8((char)mask));
+}
+HB_INLINE quad quad_field(quad raw, const int shift, const int mask) {
+    return (quad){hb_field_32(raw.l, shift, mask), hb_field_32(raw.h, shift, mask)};
+}
+HB_INLINE quad quad_lookup(quad table, quad index) {
+    return (quad){_mm256_shuffle_epi8(table.l, index.l), _mm256_shuffle_epi8(table.h, index.h)};
+}
+HB_INLINE quad quad_lookup_32(const quad table[2], quad index, quad high, const int bit) {
+    quad a = quad_lookup(table[0], index), b = quad_lookup(table[1], index);
+    return (quad){_mm256_blendv_epi8(a.l, b.l, _mm256_slli_epi16(high.l, 7 - bit)),
+                  _mm256_blendv_epi8(a.h, b.h, _mm256_slli_epi16(high.h, 7 - bit))};
 }
 HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
     int32_t x4;
@@ -130,9 +149,8 @@ typedef struct {
 #define QUAD_OFFSET_SIGNED 0
 #define QUAD_FLIP_UNSIGNED 0x80
 #define QUAD_OFFSET_UNSIGNED 128
-#define QUAD_OFFSET_TABLE 0
 #define QUAD_WIDE 1
-#define QUAD_DIRECT 1
+#define QUAD_DIRECT 0 /* unpacking first costs little beside the arithmetic */
 
 HB_INLINE quad quad_load(const uint8_t *p) {
     quad a;
@@ -158,13 +176,29 @@ HB_INLINE quad quad_table(const int8_t levels[16]) {
     for (int i = 0; i < 64; i++) a.v[i] = levels[i & 15];
     return a;
 }
-HB_INLINE quad quad_low(quad raw, quad table) {
-    for (int i = 0; i < 64; i++) raw.v[i] = table.v[raw.v[i] & 15];
+HB_INLINE quad quad_or(quad a, quad b) {
+    for (int i = 0; i < 64; i++) a.v[i] = (int8_t)(a.v[i] | b.v[i]);
+    return a;
+}
+HB_INLINE quad quad_add(quad a, quad b) {
+    for (int i = 0; i < 64; i++) a.v[i] = (int8_t)(a.v[i] + b.v[i]);
+    return a;
+}
+HB_INLINE quad quad_field(quad raw, const int shift, const int mask) {
+    for (int i = 0; i < 64; i++) {
+        const int byte = (uint8_t)raw.v[i];
+        raw.v[i] =
+            (int8_t)((shift < 0 ? byte << (shift < 0 ? -shift : 0) : byte >> (shift > 0 ? shift : 0)) & mask);
+    }
     return raw;
 }
-HB_INLINE quad quad_high(quad raw, quad table) {
-    for (int i = 0; i < 64; i++) raw.v[i] = table.v[raw.v[i] >> 4 & 15];
-    return raw;
+HB_INLINE quad quad_lookup(quad table, quad index) {
+    for (int i = 0; i < 64; i++) index.v[i] = table.v[index.v[i] & 15];
+    return index;
+}
+HB_INLINE quad quad_lookup_32(const quad table[2], quad index, quad high, const int bit) {
+    for (int i = 0; i < 64; i++) index.v[i] = table[high.v[i] >> bit & 1].v[index.v[i] & 15];
+    return index;
 }
 HB_INLINE vi16 quad_dot(vi16 sum, quad w, const int8_t *x) {
     for (int r = 0; r < 16; r++)

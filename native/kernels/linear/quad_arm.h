@@ -15,7 +15,6 @@ typedef struct {
 #define QUAD_OFFSET_SIGNED 0
 #define QUAD_FLIP_UNSIGNED 0x80
 #define QUAD_OFFSET_UNSIGNED 128
-#define QUAD_OFFSET_TABLE 0
 #define QUAD_BY_TWO 1
 #if defined(HB_DOTPROD)
 #define QUAD_WIDE 4
@@ -57,14 +56,30 @@ HB_INLINE quad quad_table(const int8_t levels[16]) {
     int8x16_t t = vld1q_s8(levels);
     return (quad){{t, t, t, t}};
 }
-HB_INLINE int8x16_t hb_low_4(int8x16_t raw, int8x16_t table) {
-    return vqtbl1q_s8(table, vandq_u8(vreinterpretq_u8_s8(raw), vdupq_n_u8(15)));
+HB_INLINE quad quad_or(quad a, quad b) { return HB_BY4_2(quad, vorrq_s8, a, b); }
+HB_INLINE quad quad_add(quad a, quad b) { return HB_BY4_2(quad, vaddq_s8, a, b); }
+/* Of every byte the bits of `mask` after a shift to the right (to the left if negative). */
+HB_INLINE int8x16_t hb_field_16(int8x16_t raw, const int shift, const int mask) {
+    uint8x16_t u = vreinterpretq_u8_s8(raw);
+    u = shift < 0 ? u << -shift : u >> shift;
+    return vreinterpretq_s8_u8(shift > 0 && mask == 255 >> shift ? u
+                                                                 : vandq_u8(u, vdupq_n_u8((uint8_t)mask)));
 }
-HB_INLINE int8x16_t hb_high_4(int8x16_t raw, int8x16_t table) {
-    return vqtbl1q_s8(table, vshrq_n_u8(vreinterpretq_u8_s8(raw), 4));
+HB_INLINE quad quad_field(quad a, const int shift, const int mask) {
+    return (quad){{hb_field_16(a.v[0], shift, mask), hb_field_16(a.v[1], shift, mask),
+                   hb_field_16(a.v[2], shift, mask), hb_field_16(a.v[3], shift, mask)}};
 }
-HB_INLINE quad quad_low(quad raw, quad table) { return HB_BY4_2(quad, hb_low_4, raw, table); }
-HB_INLINE quad quad_high(quad raw, quad table) { return HB_BY4_2(quad, hb_high_4, raw, table); }
+HB_INLINE int8x16_t hb_lookup_16(int8x16_t table, int8x16_t index) {
+    return vqtbl1q_s8(table, vreinterpretq_u8_s8(index));
+}
+HB_INLINE quad quad_lookup(quad table, quad index) { return HB_BY4_2(quad, hb_lookup_16, table, index); }
+/* The same of 32 entries: bit `bit` of `high` says which table. */
+HB_INLINE quad quad_lookup_32(const quad table[2], quad index, quad high, const int bit) {
+    const int8x16x2_t both = {{table[0].v[0], table[1].v[0]}};
+    quad i = quad_or(index, quad_field(high, bit - 4, 16));
+    HB_UNROLL for (int r = 0; r < 4; r++) i.v[r] = vqtbl2q_s8(both, vreinterpretq_u8_s8(i.v[r]));
+    return i;
+}
 
 /* How unpacked codes lie, 128 bytes for two quads. i8mm multiplies 2 rows by 8 columns with 8 columns of 2
  * tokens: rows r and r + 1 of both quads go side by side. Blocks of 4 columns stay as they are. */
