@@ -130,7 +130,7 @@ class KV:
         return other
 
     def put(self, cache: int, start: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Store k [kv_heads, n, k_dim] and v [kv_heads, n, v_dim] from a reserved position on, rounded to the mode's type."""
+        """Store k [kv_heads, n, k_dim] and v [kv_heads, n, v_dim] at reserved positions, in the mode's type."""
         end = start + k.shape[1]
         with np.errstate(over="ignore"):
             for at in range(start // TILE * TILE, end, TILE):

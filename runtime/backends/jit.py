@@ -11,7 +11,6 @@ import contextlib
 import functools
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from halfbyte.formats.ops import BY_CODE
 from halfbyte.formats.program import PICKS, bits_f32
 from halfbyte.runtime.backends.backend import Backend, Step, operands
 from halfbyte.runtime.backends.reference import QUANT_GROUP
-from halfbyte.runtime.kv import KV
+from halfbyte.runtime.kv import PAGE
 
 _LOCK = threading.Lock()  # the thread pool serves one step at a time
 _announced: list[bool] = []
@@ -125,9 +124,6 @@ class Jit(Backend):
             np.array([task for task, _, name in self._cached if name == "make_attend"], np.int64),
         )
         self._kernels: dict[str, np.ndarray] = {}  # of those tasks, by stored type
-        self._sessions: weakref.WeakKeyDictionary[KV, tuple[list[np.ndarray], np.ndarray]] = (
-            weakref.WeakKeyDictionary()
-        )
         self._bound_arena: Any = None
         self._scratch: dict[str, np.ndarray] = {}
 
@@ -329,9 +325,12 @@ class Jit(Backend):
             return
         if not 0 <= sessions.min() <= sessions.max() < len(step.kvs):
             raise UsageError("a row names a session that the step does not have")
-        capacity = np.array([kv.capacity for kv in step.kvs])
-        if positions.min() < 0 or (positions >= capacity[sessions]).any():
+        if positions.min() < 0:
             raise UsageError("a row's position was not reserved in its session")
+        for i, kv in enumerate(step.kvs):
+            pages = np.unique(positions[sessions == i] // PAGE)
+            if len(pages) and (pages[-1] >= kv.table.shape[1] or not kv.table[:, pages].all()):
+                raise UsageError("a row's position was not reserved in its session")
 
     def _prepare_quantized(self, rows: int) -> None:
         if not self._quantized:
@@ -370,9 +369,13 @@ class Jit(Backend):
         if kind not in self._kernels:
             self._kernels[kind] = self._cache_kernels(kind)
         tasks, caches, attends = self._cached_tasks
-        self._kv = np.ascontiguousarray(np.stack([self._kv_addresses(kv) for kv in step.kvs], axis=1))
+        count = np.arange(len(self.file.caches), dtype=np.int64)[:, None]
+        self._kv = np.ascontiguousarray(  # [caches, sessions]: where the addresses of the pages are
+            np.array([_address(kv.table) for kv in step.kvs], np.int64)
+            + count * np.array([kv.table.strides[0] for kv in step.kvs], np.int64)
+        )
         longest = int(positions.max()) + 1 if len(positions) else 0
-        row = tiles.align(longest, 16) + 16
+        row = tiles.align(longest, PAGE) + PAGE
         shares = int(table[tasks, w.HALF].max())
         table[tasks, w.KERNEL] = self._kernels[kind]
         table[tasks, w.KV] = _address(self._kv) + caches * self._kv.strides[0]
@@ -393,15 +396,6 @@ class Jit(Backend):
                     for task, _, name in self._cached
                 ]
             )
-
-    def _kv_addresses(self, kv: KV) -> np.ndarray:
-        """int64[caches, 3]: keys, values and capacity of a session, kept until an array is replaced."""
-        arrays = [*kv.k, *kv.v]
-        known = self._sessions.get(kv)
-        if known is None or len(known[0]) != len(arrays) or any(a is not b for a, b in zip(known[0], arrays)):
-            rows = [(_address(k), _address(v), k.shape[1]) for k, v in zip(kv.k, kv.v)]
-            known = self._sessions[kv] = arrays, np.array(rows, np.int64)
-        return known[1]
 
     def describe(self) -> dict[str, object]:
         """Adds the ISA of the kernels."""

@@ -20,72 +20,46 @@ from halfbyte.runtime.backends.jit_tiles import accumulators, emitter, loop
 # ---- attention --------------------------------------------------------------------------------
 
 
-def positions_at_once(heads: int) -> int:
-    """Positions whose lane sums are kept in registers together, for so many query heads."""
-    return 4 if heads == 4 else 8
-
-
 @intrinsic(prefer_literal=True)
-def kv_dots(
-    typingctx: Any,
-    spec: Any,
-    kind: Any,
-    heads: Any,
-    q: Any,
-    k: Any,
-    dim: Any,
-    row: Any,
-    n: Any,
-    out: Any,
-    out_row: Any,
+def kv_scores(
+    typingctx: Any, spec: Any, kind: Any, heads: Any, q: Any, k: Any, dim: Any, n: Any, out: Any, out_row: Any
 ) -> Any:
-    """out[s, j] = sum over the first dim // 16 * 16 columns of q[s] * k[j], for `heads` rows of q.
+    """out[s, j] = sum over columns of q[s] * key j, for `heads` rows of q and `n` tiles of 16 positions.
 
-    k rows are `row` bytes apart, rows of out `out_row`. 16 lanes of fused sums, then neighbouring
-    lanes added pairwise: the same operations for every j, n and number of heads.
+    Keys are [n][dim][16]; rows of out are `out_row` bytes apart. A lane is a position and its sum is fused
+    in ascending columns: the same operations for every j, n and number of heads.
     """
     text, stored, together = spec.literal_value, kind.literal_value, heads.literal_value
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
         e, b = emitter(builder, text), builder
-        q_, k_, dim_, row_, n_, out_, out_row_ = values[3:]
-        size, most = FLOAT_BYTES[stored], positions_at_once(together)
-        chunks = b.sdiv(dim_, e.i64(LANES))
-        even, odd = list(range(0, 32, 2)), list(range(1, 32, 2))
+        q_, k_, dim_, n_, out_, out_row_ = values[3:]
+        size, most = FLOAT_BYTES[stored], 2 if together == 4 else 4
+        tile = e.scaled(dim_, LANES * size)
         queries = [e.offset(q_, e.scaled(dim_, 4 * s)) for s in range(together)]
 
-        def lane_sums(level: list[ir.Value]) -> ir.Value:
-            count = len(level)
-            while len(level) > 1:
-                pairs = zip(level[::2], level[1::2])
-                level = [b.fadd(e.pick(lo, hi, even), e.pick(lo, hi, odd)) for lo, hi in pairs]
-            v = level[0]
-            while v.type.count > count:
-                half = v.type.count // 2
-                v = b.fadd(e.pick(v, v, even[:half]), e.pick(v, v, odd[:half]))
-            return v
-
-        def rows(first: ir.Value, count: int) -> None:
-            base = [e.offset(k_, e.scaled(b.add(first, e.i64(r)), row_)) for r in range(count)]
+        def tiles(first: ir.Value, count: int) -> None:
+            base = [e.offset(k_, e.scaled(b.add(first, e.i64(r)), tile)) for r in range(count)]
             acc = [accumulators(b, count) for _ in queries]
-            with loop(b, e.i64(0), chunks) as (c, _):
-                xs = [e.load_floats(e.offset(at, e.scaled(c, LANES * 4)), "f32") for at in queries]
+            with loop(b, e.i64(0), dim_) as (c, _):
+                xs = [e.splat(e.load(e.offset(at, e.scaled(c, 4)), F32, 4)) for at in queries]
                 for r in range(count):
                     y = e.load_floats(e.offset(base[r], e.scaled(c, LANES * size)), stored)
                     for s, x in enumerate(xs):
                         b.store(e.fma(x, y, b.load(acc[s][r])), acc[s][r])
             for s, sums in enumerate(acc):
-                at = e.offset(out_, e.scaled(out_row_, s), e.scaled(first, 4))
-                e.store(lane_sums([b.load(a) for a in sums]), at)
+                for r, a in enumerate(sums):
+                    at = e.scaled(b.add(first, e.i64(r)), LANES * 4)
+                    e.store(b.load(a), e.offset(out_, e.scaled(out_row_, s), at))
 
         groups = b.sdiv(n_, e.i64(most))
         with loop(b, e.i64(0), groups) as (i, _):
-            rows(e.scaled(i, most), most)
+            tiles(e.scaled(i, most), most)
         with loop(b, e.scaled(groups, most), n_) as (i, _):
-            rows(i, 1)
+            tiles(i, 1)
         return context.get_dummy_value()
 
-    return types.void(spec, kind, heads, *[types.int64] * 7), generate
+    return types.void(spec, kind, heads, *[types.int64] * 6), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -16,15 +16,14 @@ from halfbyte.runtime.backends.jit_intrinsics import (
     i32_at,
     i64_at,
     keyed,
-    kv_dots,
+    kv_scores,
     kv_weighted,
     load_value,
     store_value,
 )
 from halfbyte.runtime.backends.jit_kernels import kernel
 from halfbyte.runtime.backends.jit_math import apply, exp64, tanh64
-
-_KV_BLOCK = 128  # positions
+from halfbyte.runtime.kv import PAGE, TILE
 
 
 def make_pick(key: str) -> Any:
@@ -216,20 +215,22 @@ def make_hadamard(key: str) -> Any:
 
 
 def make_kv_put(spec: str, kind: str) -> Any:
-    """kv_put of row `index`: words KV are (k, v, capacity) of every session."""
+    """kv_put of row `index`: word KV leads to the addresses of every session's pages (see `runtime.kv`)."""
     size = encodings.FLOAT_BYTES[kind]
 
     def kv_put(a, t, worker):
-        session = i64_at(a[w.KV] + i32_at(a[w.SESSIONS])[t] * 24)
-        position, capacity = i32_at(a[w.POSITIONS])[t], session[2]
-        for part in range(2):
-            dim = a[w.K_DIM] if part == 0 else a[w.V_DIM]
-            stride = a[w.X_STRIDE] if part == 0 else a[w.X2_STRIDE]
-            x = f32_at((a[w.X] if part == 0 else a[w.X2]) + t * stride * 4)
-            for h in range(a[w.KV_HEADS]):
-                row = session[part] + (h * capacity + position) * dim * size
-                for c in range(dim):
-                    store_value(spec, kind, row + c * size, x[h * dim + c])
+        pages = i64_at(i64_at(a[w.KV])[i32_at(a[w.SESSIONS])[t]])
+        position, k_dim, v_dim = numba.int64(i32_at(a[w.POSITIONS])[t]), a[w.K_DIM], a[w.V_DIM]
+        page, at = pages[position // PAGE], position % PAGE
+        k, v = f32_at(a[w.X] + t * a[w.X_STRIDE] * 4), f32_at(a[w.X2] + t * a[w.X2_STRIDE] * 4)
+        for h in range(a[w.KV_HEADS]):
+            keys = page + h * PAGE * (k_dim + v_dim) * size
+            lane = keys + (at // TILE * k_dim * TILE + at % TILE) * size
+            for c in range(k_dim):
+                store_value(spec, kind, lane + c * TILE * size, k[h * k_dim + c])
+            row = keys + (PAGE * k_dim + at * v_dim) * size
+            for c in range(v_dim):
+                store_value(spec, kind, row + c * size, v[h * v_dim + c])
 
     return kernel(kv_put)
 
@@ -237,7 +238,7 @@ def make_kv_put(spec: str, kind: str) -> Any:
 def make_attend(spec: str, kind: str, share: int) -> Any:
     """attend: index = row * kv_heads + kv head, with the `share` query heads that it serves.
 
-    Scores in float32 (fused, 16 lanes), softmax in float64, values summed in ascending positions.
+    Scores in float32 (fused, a lane is a position), softmax in float64, values summed in ascending positions.
     """
     size = encodings.FLOAT_BYTES[kind]
     heads = next(n for n in (4, 2, 1) if share % n == 0)  # that one conversion of a key serves
@@ -245,65 +246,60 @@ def make_attend(spec: str, kind: str, share: int) -> Any:
     def attend(a, index, worker):
         kv_heads, k_dim, v_dim = a[w.KV_HEADS], a[w.K_DIM], a[w.V_DIM]
         t, h = index // kv_heads, index % kv_heads
-        session = i64_at(a[w.KV] + i32_at(a[w.SESSIONS])[t] * 24)
-        capacity = session[2]
+        pages = i64_at(i64_at(a[w.KV])[i32_at(a[w.SESSIONS])[t]])
         end = numba.int64(i32_at(a[w.POSITIONS])[t]) + 1
         start = max(0, end - a[w.WINDOW]) if a[w.WINDOW] else 0
-        n = end - start
-        k = session[0] + (h * capacity + start) * k_dim * size
-        v = session[1] + (h * capacity + start) * v_dim * size
+        first = start // PAGE  # scores lie from the start of this page on
+        low, n = start - first * PAGE, end - first * PAGE
+        head = h * PAGE * (k_dim + v_dim) * size
         scale, cap = bits_f64(a[w.SCALE]), bits_f64(a[w.CAP])
         row = a[w.SCRATCH_ROW] * 4
         scratch = a[w.SCRATCH] + worker * share * row
         q_at = a[w.X] + (t * a[w.X_STRIDE] + h * share * k_dim) * 4
         y_at = a[w.Y] + (t * a[w.Y_STRIDE] + h * share * v_dim) * 4
-        whole_k, whole_v = k_dim // 16 * 16, v_dim // 16 * 16
-        for j in range(0, n, _KV_BLOCK):  # the heads that share keys read a block while it is in L1
-            count = min(_KV_BLOCK, n - j)
-            block = k + j * k_dim * size
+        whole_v = v_dim // 16 * 16
+        for j in range(0, n, PAGE):  # the heads that share keys read a page while it is in L1
+            keys = pages[first + j // PAGE] + head
+            used = (min(PAGE, n - j) + TILE - 1) // TILE
             for s in range(0, share, heads):
                 q_s, p_s = q_at + s * k_dim * 4, scratch + s * row + j * 4
-                kv_dots(spec, kind, heads, q_s, block, k_dim, k_dim * size, count, p_s, row)
-            if whole_k < k_dim:
-                for s in range(share):
-                    q, p = f32_at(q_at + s * k_dim * 4), f32_at(scratch + s * row + j * 4)
-                    for i in range(count):
-                        for c in range(whole_k, k_dim):
-                            p[i] = fma32(q[c], load_value(spec, kind, block + (i * k_dim + c) * size), p[i])
+                kv_scores(spec, kind, heads, q_s, keys, k_dim, used, p_s, row)
         for s in range(share):
             p, y = f32_at(scratch + s * row), f32_at(y_at + s * v_dim * 4)
-            for j in range(n):
+            for j in range(low, n):
                 p[j] = numba.float32(scale * p[j])
             if cap != 0.0:
-                for j in range(n):
+                for j in range(low, n):
                     p[j] = numba.float32(cap * tanh64(p[j] / cap))
-            top = t1 = t2 = t3 = p[0]  # four chains: a compare waits for the one before
-            for j in range(0, n // 4 * 4, 4):
+            top = t1 = t2 = t3 = p[low]  # four chains: a compare waits for the one before
+            whole = low + (n - low) // 4 * 4
+            for j in range(low, whole, 4):
                 top, t1 = max(top, p[j]), max(t1, p[j + 1])
                 t2, t3 = max(t2, p[j + 2]), max(t3, p[j + 3])
-            for j in range(n // 4 * 4, n):
+            for j in range(whole, n):
                 top = max(top, p[j])
             top = max(max(top, t1), max(t2, t3))
-            for j in range(n):
+            for j in range(low, n):
                 p[j] = numba.float32(exp64(numba.float64(p[j]) - top))
             for c in range(v_dim):
                 y[c] = numba.float32(0.0)
-        for j in range(0, n, _KV_BLOCK):
-            count = min(_KV_BLOCK, n - j)
-            block = v + j * v_dim * size
+        for j in range(0, n, PAGE):
+            skip = max(low - j, 0)
+            count = min(PAGE, n - j) - skip
+            block = pages[first + j // PAGE] + head + (PAGE * k_dim + skip * v_dim) * size
             for s in range(0, share, heads):
-                p_s, y_s = scratch + s * row + j * 4, y_at + s * v_dim * 4
+                p_s, y_s = scratch + s * row + (j + skip) * 4, y_at + s * v_dim * 4
                 kv_weighted(spec, kind, heads, p_s, row, block, v_dim, v_dim * size, count, y_s)
             for s in range(share):
-                p, y = f32_at(scratch + s * row + j * 4), f32_at(y_at + s * v_dim * 4)
+                p, y = f32_at(scratch + s * row + (j + skip) * 4), f32_at(y_at + s * v_dim * 4)
                 for c in range(whole_v, v_dim):
                     for i in range(count):
                         y[c] = fma32(p[i], load_value(spec, kind, block + (i * v_dim + c) * size), y[c])
         for s in range(share):
             p, y = f32_at(scratch + s * row), f32_at(y_at + s * v_dim * 4)
             s0 = s1 = s2 = s3 = 0.0
-            whole = n // 4 * 4
-            for j in range(0, whole, 4):
+            whole = low + (n - low) // 4 * 4
+            for j in range(low, whole, 4):
                 s0 += p[j]
                 s1 += p[j + 1]
                 s2 += p[j + 2]

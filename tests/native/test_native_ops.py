@@ -227,7 +227,9 @@ def test_half_conversion_rounds_to_nearest_even(rig):
             assert np.array_equal(stored[0, 0].view(np.uint16), want[:256].view(np.uint16)), isa
 
 
-@pytest.mark.parametrize(("shape", "heads"), [((2, 32, 32, 0), 6), ((1, 24, 40, 1300), 4), ((4, 16, 16, 0), 4)])
+@pytest.mark.parametrize(
+    ("shape", "heads"), [((2, 32, 32, 0), 6), ((1, 24, 40, 1300), 4), ((4, 16, 16, 0), 4)]
+)
 def test_long_contexts_by_segments(rig, shape, heads):
     rows = 2200  # three segments of 1024 positions
     x = kv_inputs(shape, heads, rows)
