@@ -48,7 +48,7 @@ wheel-arm: $(VENV)/.dev ## a wheel for AArch64 Linux into dist/, tagged for the 
 	$(BIN)/python -m pip wheel --quiet --no-deps -w build/wheel-arm/dist -C build-dir=build/wheel-arm/tree \
 		-C wheel.tags=py3-none-linux_aarch64 \
 		-C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/aarch64-linux-gnu.cmake .
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel -q repair -w dist build/wheel-arm/dist/*.whl
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -w dist build/wheel-arm/dist/*.whl
 	@ls dist/*aarch64.whl
 
 cross: $(VENV)/.dev ## the C library for musl, Android and macOS into build/cross (Zig's compiler, 100 MB)
