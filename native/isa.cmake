@@ -1,3 +1,10 @@
+# Zig has names of its own for the features of a processor.
+if(HALFBYTE_ZIG)
+  set(halfbyte_armv8_2 -mcpu=generic+v8_2a)
+else()
+  set(halfbyte_armv8_2 -march=armv8.2-a)
+endif()
+
 # Compiler flags by file suffix, and nowhere else. A file without a known suffix is built for the baseline.
 function(halfbyte_isa_flags)
   foreach(source IN LISTS ARGN)
@@ -12,9 +19,9 @@ function(halfbyte_isa_flags)
     elseif(source MATCHES "_arm_neon\\.c$")
       set(flags -DHB_NEON) # of the baseline
     elseif(source MATCHES "_arm_dotprod\\.c$")
-      set(flags -march=armv8.2-a+dotprod -DHB_NEON -DHB_DOTPROD)
+      set(flags ${halfbyte_armv8_2}+dotprod -DHB_NEON -DHB_DOTPROD)
     elseif(source MATCHES "_arm_i8mm\\.c$")
-      set(flags -march=armv8.2-a+dotprod+i8mm -DHB_NEON -DHB_DOTPROD -DHB_I8MM)
+      set(flags ${halfbyte_armv8_2}+dotprod+i8mm -DHB_NEON -DHB_DOTPROD -DHB_I8MM)
     elseif(source MATCHES "_scalar\\.c$")
       set(flags -O2) # -O3 unrolls lane loops to five times the size
     else()
