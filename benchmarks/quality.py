@@ -1,9 +1,10 @@
-"""Quality of every recipe on a model and a text: bits, nll, KL and top-1 against its own f32 file.
+"""Quality of every recipe and method on a model and a text: bits, nll, KL and top-1 against its own f32 file.
 
-    python benchmarks/quality.py CHECKPOINT TEXT [--ctx 512] [--bytes 300000] [--tokenizer FILE]
+    python benchmarks/quality.py CHECKPOINT TEXT [--ctx 512] [--bytes 300000] [--tokenizer FILE] [--calibrate FILE]
 
-Texts that a model was trained or calibrated on say nothing: give held-out ones. Stories separated by
-`<|endoftext|>` are joined by blank lines.
+q4 comes by each method: rounded to nearest, the default (gptq on text of the model's own and the built-in mix) and,
+with --calibrate, both on that text. Texts that a model was trained or calibrated on say nothing: give held-out ones.
+Stories separated by `<|endoftext|>` are joined by blank lines.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import halfbyte
 from halfbyte.runtime.bench import commit, machine_name
 from halfbyte.runtime.evaluate import evaluate
 
-RECIPES = ("f32", "f16", "q8", "q4")
+# recipe, method, whether it takes the calibration text
+ROWS = (
+    ("f32", "rtn", False),
+    ("f16", "rtn", False),
+    ("q8", "rtn", False),
+    ("q4", "rtn", False),
+    ("q4", "rtn", True),
+    ("q4", "gptq", False),
+    ("q4", "gptq", True),
+)
 
 
 def main() -> None:
@@ -29,6 +39,7 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--bytes", type=int, default=300_000)
     parser.add_argument("--tokenizer")
+    parser.add_argument("--calibrate", type=Path)
     args = parser.parse_args()
     text = args.text.read_bytes()[: args.bytes].decode("utf-8", "ignore").replace("<|endoftext|>", "\n\n")
     print(f"{args.checkpoint}, {args.text.name}, ctx {args.ctx}; {machine_name()}, commit {commit()}\n")
@@ -36,10 +47,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         reference, base = None, 0.0
-        for recipe in RECIPES:
+        for recipe, method, calibrated in ROWS:
+            if calibrated and args.calibrate is None:
+                continue
+            label = f"{recipe} {method}" + (" + text" if calibrated else "") if recipe == "q4" else recipe
             path = halfbyte.convert(
-                args.checkpoint, Path(folder) / f"{recipe}.hb", recipe=recipe, tokenizer=args.tokenizer
-            )
+                args.checkpoint, Path(folder) / f"{label}.hb", recipe=recipe, tokenizer=args.tokenizer,
+                method=method, calibrate=args.calibrate if calibrated else None,
+            )  # fmt: skip
             for policy in (
                 ("f32",) if recipe == "f32" else ("f32", "i8g32") if recipe[0] == "q" else ("i8g32",)
             ):
@@ -48,7 +63,7 @@ def main() -> None:
                 r = evaluate(model, text, ctx=args.ctx, against=reference)
                 base = base or r["nll_per_token"]
                 print(
-                    f"| {recipe} | {policy} | {model.facts()['bits_per_weight']:.3f} | {r['tokens']}"
+                    f"| {label} | {policy} | {model.facts()['bits_per_weight']:.3f} | {r['tokens']}"
                     f" | {r['nll_per_token']:.5f} | {100 * (r['nll_per_token'] / base - 1):+.3f} %"
                     f" | {r['kld_mean']:.6f} | {r['kld_p99']:.5f} | {100 * r['top1_agreement']:.2f} |",
                     flush=True,

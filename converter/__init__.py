@@ -27,6 +27,8 @@ def convert(
     recipe: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     context: int | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
+    method: str = "auto",
     progress: Progress | None = None,
 ) -> Path:
     """Convert a checkpoint and return the path of the file written.
@@ -34,7 +36,9 @@ def convert(
     source: a Hugging Face folder, a `.gguf` or a llama2.c `.bin`. recipe: see `converter.recipe`;
     by default codes that arrive quantised are kept and float checkpoints become q4. tokenizer: a file
     to use instead of the one found beside the weights. context: the number of positions to allow,
-    at most what the model was made for. The file is written aside and renamed when complete.
+    at most what the model was made for. calibrate: a text or a `.jsonl` of chats that is like what the model will
+    see; method: see `converter.recipe.METHODS`. Without a calibration text gptq uses text that the model writes
+    itself (small models) and a built-in mix. The file is written aside and renamed when complete.
 
     Raises CheckpointError, TokenizerError or UsageError, each in one line.
     """
@@ -42,7 +46,10 @@ def convert(
     from halfbyte.converter.assemble import assemble
     from halfbyte.converter.builder import Builder
     from halfbyte.converter.checkpoints import open_checkpoint
+    from halfbyte.converter.plan import Plan
+    from halfbyte.converter.recipe import check_method
     from halfbyte.converter.recipe import recipe as recipe_named
+    from halfbyte.converter.weights import Weights
 
     out = Path(out)
     _check_out(out, Path(source), None if tokenizer is None else Path(tokenizer))
@@ -77,7 +84,12 @@ def convert(
             if progress:
                 progress(name, done, total)
 
-        assemble(b, out, meta, json, template, report)
+        method = check_method(method)
+        plan = Plan(
+            b, Weights(b), method, None if calibrate is None else Path(calibrate), json, template, meta
+        )
+        meta["quantization.method"] = plan.method
+        assemble(b, out, meta, json, template, report, plan.weights, plan.quantizer(out.parent, progress))
     return out
 
 

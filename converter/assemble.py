@@ -6,16 +6,21 @@ Memory stays bounded by a few blocks, whatever the size of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from halfbyte.converter.builder import Builder, Matrix, Vector
-from halfbyte.converter.checkpoints.checkpoint import Checkpoint, Packed
+from halfbyte.converter.checkpoints.checkpoint import Packed
+from halfbyte.converter.weights import Weights, check_finite
 from halfbyte.formats import encodings, tiles
 from halfbyte.formats.errors import CheckpointError
 from halfbyte.formats.metadata import Value
 from halfbyte.formats.writer import TensorSpec, Writer
+
+Planes = dict[str, np.ndarray]  # codes [rows, cols], scales [rows, groups], row [rows], ... by plane
+Write = Callable[[int, int, Planes], None]  # (index of the tensor, first row, planes of some rows)
 
 BLOCK_WEIGHTS = 1 << 22  # weights held at once: 16 MiB as float32
 
@@ -27,8 +32,13 @@ def assemble(
     tokenizer: bytes,
     template: str,
     progress: Callable[[str, int], None],
+    weights: Weights | None = None,
+    quantize: Callable[[Write], set[int]] | None = None,
 ) -> None:
     """Write the file. `progress(tensor name, weights done)` is called after every block.
+
+    weights: where float rows come from, by default the builder's checkpoint. quantize(write): quantises some
+    matrices by another method than rounding to nearest, hands their planes to `write` and returns their indices.
 
     Raises CheckpointError for weights that are not finite, HalfbyteError when the disk is full; in
     either case nothing remains under `path`.
@@ -53,74 +63,81 @@ def assemble(
         for i, t in enumerate(b.tensors):
             if isinstance(t, Vector):
                 writer.write(i, "values", 0, t.values)
-            else:
-                _write_matrix(writer, i, t, b.checkpoint, progress)
+
+        def write(index: int, row: int, planes: Planes) -> None:
+            t = b.tensors[index]
+            assert isinstance(t, Matrix)
+            for plane, data in _packed(planes, encodings.BY_NAME[t.storage.encoding].bits).items():
+                writer.write(index, plane, row // tiles.PANEL, data)
+
+        def write_and_report(index: int, row: int, planes: Planes) -> None:
+            write(index, row, planes)
+            progress(b.tensors[index].name, next(iter(planes.values())).size)
+
+        weights = weights or Weights(b)
+        done = quantize(write) if quantize else set()
+        for i, t in enumerate(b.tensors):
+            if isinstance(t, Matrix) and i not in done:
+                encode(t, weights, partial(write_and_report, i))
 
 
-def _write_matrix(
-    writer: Writer, index: int, t: Matrix, checkpoint: Checkpoint, progress: Callable[[str, int], None]
+def encode(
+    t: Matrix,
+    weights: Weights,
+    each: Callable[[int, Planes], None],
+    importance: np.ndarray | None = None,
 ) -> None:
+    """Call each(first row, planes) for blocks that cover a matrix: codes as they arrived, or rounded to nearest.
+
+    importance float64[cols] weighs the columns where the encoding searches for scales.
+    """
     rows, cols = t.shape
     step = max(tiles.PANEL, BLOCK_WEIGHTS // cols // tiles.PANEL * tiles.PANEL)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        block = _rows(checkpoint, t, start, stop)
-        for plane, data in _encode(block, t).items():
-            writer.write(index, plane, start // tiles.PANEL, data)
-        progress(t.name, (stop - start) * cols)
+        if t.storage.packed:
+            each(start, _stacked([p for p in weights.stored(t, start, stop) if isinstance(p, Packed)], t))
+        else:
+            each(start, _rounded(weights.rows(t, start, stop), t, importance))
 
 
-def _rows(checkpoint: Checkpoint, t: Matrix, start: int, stop: int) -> list[np.ndarray | Packed]:
-    """Rows start..stop of the stacked sources."""
-    parts: list[np.ndarray | Packed] = []
-    base = 0
-    for name in t.sources:
-        n = checkpoint.shape(name)[0]
-        a, z = max(start - base, 0), min(stop - base, n)
-        if a < z:
-            parts.append(checkpoint.read_rows(name, a, z))
-        base += n
-    return parts
+def _packed(planes: Planes, bits: int) -> Planes:
+    """Planes of rows in the arrangement of a file."""
+    out: Planes = {}
+    for name, a in planes.items():
+        if name == "codes":
+            out |= tiles.pack_code_planes(a, bits)
+        else:
+            a = a.reshape(len(a), -1)
+            out[name] = tiles.pack_groups(a.view(np.uint16) if a.dtype.name == "bfloat16" else a)
+    return out
 
 
-def _encode(parts: list[np.ndarray | Packed], t: Matrix) -> dict[str, np.ndarray]:
-    """Packed planes of a block of rows."""
+def _stacked(parts: list[Packed], t: Matrix) -> Planes:
+    """Planes of codes that arrived quantised, kept as they are."""
     e = encodings.BY_NAME[t.storage.encoding]
-    if t.storage.packed:
-        packed = [p.planes() for p in parts if isinstance(p, Packed)]
-        out: dict[str, np.ndarray] = {}
-        for plane in packed[0]:
-            stacked = np.concatenate([p[plane] for p in packed])
-            if plane == "codes":
-                if not e.is_integer:  # 8-bit floats have codes for NaN and infinity
-                    _check_finite(np.asarray(e.levels, np.float32)[stacked], t)
-                out |= tiles.pack_code_planes(stacked, e.bits)
-            else:
-                _check_finite(stacked, t)
-                is_bfloat = stacked.dtype.name == "bfloat16"
-                out[plane] = tiles.pack_groups(stacked.view(np.uint16) if is_bfloat else stacked)
-        return out
-    w = np.concatenate([p.dequantize() if isinstance(p, Packed) else p.astype(np.float32) for p in parts])
-    _check_finite(w, t)
+    planes = [p.planes() for p in parts]
+    out = {name: np.concatenate([p[name] for p in planes]) for name in planes[0]}
+    for name, a in out.items():
+        if name != "codes":
+            check_finite(a, t)
+        elif not e.is_integer:  # 8-bit floats have codes for NaN and infinity
+            check_finite(np.asarray(e.levels, np.float32)[a], t)
+    return out
+
+
+def _rounded(w: np.ndarray, t: Matrix, importance: np.ndarray | None = None) -> Planes:
+    """Planes of float rows, every weight at its nearest."""
+    e = encodings.BY_NAME[t.storage.encoding]
     if e.is_float:
         stored = encodings.float_to_bits(w, e.name)
         if e.name == "f16" and not np.isfinite(stored).all():
             raise CheckpointError(
                 f"tensor {t.name}: a weight of {np.abs(w).max():g} does not fit f16; use bf16 or f32"
             )
-        return {"values": tiles.pack_groups(stored)}
+        return {"values": stored}
     from halfbyte.converter.quantizers import rtn
 
     if e.name == "q8":
-        codes, scales = rtn.quantize_q8(w)
-        return {"codes": tiles.pack_codes(codes, 8), "scales": tiles.pack_groups(scales)}
-    codes, sub, row = rtn.quantize_table(w, e.name)
-    planes = tiles.pack_code_planes(codes, e.bits)
-    return {**planes, "scales": tiles.pack_groups(sub), "row": tiles.pack_groups(row[:, None])}
-
-
-def _check_finite(values: np.ndarray, t: Matrix) -> None:
-    if not np.isfinite(values).all():
-        raise CheckpointError(
-            f"tensor {' + '.join(t.sources)} holds values that are not finite (NaN or infinity)"
-        )
+        return dict(zip(("codes", "scales"), rtn.quantize_q8(w)))
+    return dict(zip(("codes", "scales", "row"), rtn.quantize_table(w, e.name, importance)))

@@ -74,7 +74,7 @@ class Builder:
     """Collects a program. Every method that computes something returns its output slot."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, context: int | None = None):
-        self.checkpoint, self.recipe = checkpoint, recipe
+        self.checkpoint, self.recipe, self.context = checkpoint, recipe, context
         values = dict(checkpoint.config)
         if context is not None:
             values["halfbyte_context"] = context

@@ -25,6 +25,12 @@ RECIPES = {
     "keep": "codes and floats as they arrived",
 }
 
+METHODS = {
+    "auto": "gptq for a model that brings a tokenizer, else rtn",
+    "rtn": "round to nearest with searched scales; weighted by the inputs with a calibration text",
+    "gptq": "errors fed forward and made up for, on a calibration text or text of the model's own",
+}
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -61,3 +67,10 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
     return Recipe(name)
+
+
+def check_method(name: str) -> str:
+    """The name of a method. Raises UsageError for an unknown one."""
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+    return name

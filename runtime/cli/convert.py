@@ -27,6 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=whole(1, (1 << 31) - 1), metavar="N", help="positions to allow at most"
     )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="text, or a .jsonl of chats, like what the model will see (default: text that a small model writes"
+        " itself, and a built-in mix)",
+    )
+    parser.add_argument(
+        "--method",
+        default="auto",
+        metavar="NAME",
+        help="rtn (seconds; no text needed) or gptq (closest to the float model); default: gptq if the model has a"
+        " tokenizer",
+    )
     add_json(parser)
 
 
@@ -45,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
             recipe=args.recipe,
             tokenizer=args.tokenizer,
             context=args.context,
+            calibrate=args.calibrate,
+            method=args.method,
             progress=progress,
         )
     seconds = time.perf_counter() - start
@@ -55,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "file": str(out),
                 "recipe": file.metadata.get("general.recipe"),
+                "method": file.metadata.get("quantization.method"),
                 "file_bytes": facts["file_bytes"],
                 "bits_per_weight": facts["bits_per_weight"],
                 "seconds": seconds,

@@ -14,7 +14,7 @@ from halfbyte.runtime.cli.run import stream
 from halfbyte.runtime.cli.terminal import Progress, printable, size
 
 HELP = "convert a small built-in model and tell a story"
-RECIPE = "q4"
+RECIPE, METHOD = "q4", "rtn"  # rounding to nearest takes a second, gptq some ten
 PROMPT, TOKENS, TEMPERATURE, SEED = "Once upon a time", 200, 0.6, 1
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with Progress("converting") as progress:
-        halfbyte.convert(source, out, recipe=RECIPE, progress=progress)
+        halfbyte.convert(source, out, recipe=RECIPE, method=METHOD, progress=progress)
     seconds = time.perf_counter() - start
     model = load(out, args.backend, args.threads, verify=True)
     facts = model.facts()

@@ -1,0 +1,1 @@
+"""The parts of calibration that need no runtime; `halfbyte.converter.calibrate` puts them together."""
