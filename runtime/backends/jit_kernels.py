@@ -17,6 +17,7 @@ import numba
 import numpy as np
 
 from halfbyte.formats import encodings, ops, tiles
+from halfbyte.runtime import kv
 from halfbyte.runtime.backends import jit_tiles as w
 from halfbyte.runtime.backends.jit_intrinsics import (
     bits_f32,
@@ -41,7 +42,10 @@ def digest() -> str:
     """Of the sources that kernels are made of: Numba's cache looks at one file only."""
     h = hashlib.sha256()
     here = Path(__file__).resolve().parent
-    for path in (*sorted(here.glob("jit*.py")), *(Path(m.__file__) for m in (encodings, ops, tiles))):
+    for path in (
+        *sorted(here.glob("jit*.py")),
+        *(Path(str(m.__file__)) for m in (encodings, ops, tiles, kv)),
+    ):
         h.update(path.read_bytes())
     return h.hexdigest()[:16]
 

@@ -152,7 +152,7 @@ class Reference(Backend):
 
     def rmsnorm(self, step: Step, x: np.ndarray, weight: int | None, eps: float, dim: int) -> np.ndarray:
         """Every run of dim columns by itself; the mean in float64."""
-        r = x.reshape(len(x), -1, dim)
+        r = x.reshape(len(x), x.shape[1] // dim, dim)
         inverse = 1 / np.sqrt(np.mean(r.astype(np.float64) ** 2, axis=2, keepdims=True) + eps)
         y = r * inverse.astype(F32)
         w = self._weight(weight)
@@ -162,7 +162,7 @@ class Reference(Backend):
         self, step: Step, x: np.ndarray, weight: int | None, bias: int | None, eps: float, dim: int
     ) -> np.ndarray:
         """Every run of dim columns by itself; mean and variance in float64."""
-        r = x.reshape(len(x), -1, dim).astype(np.float64)
+        r = x.reshape(len(x), x.shape[1] // dim, dim).astype(np.float64)
         centred = r - r.mean(axis=2, keepdims=True)
         y = (centred / np.sqrt(np.mean(centred**2, axis=2, keepdims=True) + eps)).astype(F32)
         w, b = self._weight(weight), self._weight(bias)

@@ -71,7 +71,7 @@ def good(folder: Path) -> Path:
         ("bench FILE -d 128 -p 1 -n 1 --backend reference", "context"),
         ("bench FILE -t 0 --backend reference", "between 1 and 1024"),
         ("convert", "source"),
-        ("convert SOURCE -o OUT --recipe q5", "q4"),
+        ("convert SOURCE -o OUT --recipe q7", "q4"),
         ("convert SOURCE -o OUT --recipe Q4", "q4"),
         ("convert SOURCE -o OUT --recipe f32 --context 0", "between 1"),
         ("convert SOURCE -o OUT --recipe f32 --context 129", "128"),

@@ -90,6 +90,21 @@ def test_rewind_and_fork_equal_a_fresh_start(model: Model) -> None:
     same(s.feed(ids), want)
 
 
+def test_windows_that_slid_on(model: Model, tmp_path: Path) -> None:
+    """Going back beyond what a window still holds, forking and saving there: the same as a fresh start."""
+    n = min(model.context_length, 190)
+    ids = prompt(model, n)
+    s, back = model.session(), n - 20
+    s.feed(ids[: n - 5], chunk=9)
+    s.save(tmp_path / "s")
+    for other in (s.fork(), Session.load(model, tmp_path / "s")):
+        same(other.feed(ids[n - 5 :]), model.session().feed(ids))
+        other.rewind(back)
+        assert other.ids == ids[: n - back]
+        same(other.feed(ids[n - back : n - back + 3]), model.session().feed(ids[: n - back + 3]))
+    same(s.feed(ids[n - 5 :]), model.session().feed(ids))
+
+
 def test_save_and_load(model: Model, tmp_path: Path) -> None:
     ids = prompt(model, 25)
     s = model.session()
