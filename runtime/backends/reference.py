@@ -118,6 +118,8 @@ class Reference(Backend):
         """Call the function of each record's op."""
         for record in self.file.program[first:last]:
             op = BY_CODE[int(record["code"])]
+            if op.outputs and not len(self.slot(int(record["out"][0]), step)):
+                continue  # no row was picked
             attrs = {
                 a.name: bits_f32(bits) if a.kind == "f32" else bits
                 for a, bits in zip(op.attrs, (int(v) for v in record["attr"]))
@@ -152,7 +154,7 @@ class Reference(Backend):
 
     def rmsnorm(self, step: Step, x: np.ndarray, weight: int | None, eps: float, dim: int) -> np.ndarray:
         """Every run of dim columns by itself; the mean in float64."""
-        r = x.reshape(len(x), x.shape[1] // dim, dim)
+        r = x.reshape(len(x), -1, dim)
         inverse = 1 / np.sqrt(np.mean(r.astype(np.float64) ** 2, axis=2, keepdims=True) + eps)
         y = r * inverse.astype(F32)
         w = self._weight(weight)
@@ -162,7 +164,7 @@ class Reference(Backend):
         self, step: Step, x: np.ndarray, weight: int | None, bias: int | None, eps: float, dim: int
     ) -> np.ndarray:
         """Every run of dim columns by itself; mean and variance in float64."""
-        r = x.reshape(len(x), x.shape[1] // dim, dim).astype(np.float64)
+        r = x.reshape(len(x), -1, dim).astype(np.float64)
         centred = r - r.mean(axis=2, keepdims=True)
         y = (centred / np.sqrt(np.mean(centred**2, axis=2, keepdims=True) + eps)).astype(F32)
         w, b = self._weight(weight), self._weight(bias)
