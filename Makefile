@@ -52,8 +52,8 @@ wheel-arm: $(VENV)/.dev ## a wheel for AArch64 Linux into dist/, tagged for the 
 	@ls dist/*aarch64.whl
 
 cross: $(VENV)/.dev ## the C library for musl, Android and macOS into build/cross (Zig's compiler, 100 MB)
-	@$(BIN)/python -m pip install --quiet 'ziglang>=0.15'
-	$(BIN)/python native/cross.py
+	@$(BIN)/python -m pip install --quiet --upgrade --target build/zig 'ziglang>=0.15'
+	PYTHONPATH=build/zig $(BIN)/python native/cross.py
 
 sanitize: dev native ## the C library under address, undefined-behaviour and thread sanitizers
 	HALFBYTE_SANITIZE=1 $(BIN)/python -m pytest -ra tests/native/test_native_sanitizers.py

@@ -2,7 +2,7 @@
 
 Every target is compiled and linked, into build/cross/<target>. Android is linked against stubs of its C library
 (native/cmake/bionic.txt), since neither its headers nor its libraries are here: that proves the names, not a run.
-Windows is not among them: native/src allocates with posix_memalign and waits with pthread, and it has neither.
+Windows is not among them: native/src allocates with posix_memalign, which it lacks.
 """
 
 from __future__ import annotations

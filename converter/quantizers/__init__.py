@@ -1,7 +1,9 @@
 """Quantisation methods: one file a method, and the file name is the method's name.
 
-A method offers `quantize_q8`, `quantize_q4` and `quantize_affine` over plain arrays: no tiles, no files.
-Names that begin with an underscore are parts of methods, not methods.
+All work on plain arrays or on the matrices of a builder, never on tiles or files. `rtn` needs no data: `quantize_q8`,
+`quantize_table` and `quantize_affine`; `gptq` and `autoround` round under a Hessian of `converter.calibrate`; `awq`,
+`smoothquant`, `rotation` and `bias` change the model around what is rounded. Names that begin with an underscore are
+parts of methods, not methods.
 """
 
 from __future__ import annotations

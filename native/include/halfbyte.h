@@ -21,7 +21,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 2 };
+enum { HB_ABI_VERSION = 3 };
 
 /* Arithmetic: f32 computes with dequantised weights, i8g32 with int8 activations per 32 columns. */
 enum { HB_POLICY_F32 = 0, HB_POLICY_I8G32 = 1 };
