@@ -24,7 +24,7 @@ from .machine import Machine
 
 KV_BYTES = {"f32": 4, "f16": 2}  # of one stored key or value
 DEFAULT_CONTEXT = 4096
-CHUNK = 256  # rows of a prompt that are in memory at once
+CHUNK = 288  # rows of a prompt that are in memory at once
 OVERHEAD = 64_000_000  # bytes of Python, NumPy and the compiled library
 TOKENIZER_FACTOR = 8  # bytes of a loaded tokenizer for one of its JSON
 STEP_S, RECORD_S = 100e-6, 1e-6  # seconds a step and a record cost beside the kernels

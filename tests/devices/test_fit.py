@@ -12,7 +12,7 @@ import pytest
 
 from halfbyte.devices import bandwidth, machine
 from halfbyte.devices.bandwidth import Speed
-from halfbyte.devices.fit import KV_BYTES, Load, fit, of_file, of_size
+from halfbyte.devices.fit import CHUNK, KV_BYTES, Load, fit, of_file, of_size
 from halfbyte.devices.machine import (
     KEYS,
     Machine,
@@ -94,12 +94,12 @@ def test_load_of_a_file(path: Path, load: Load) -> None:
     assert load.prefill_macs == N * N  # the other matrix meets picked rows only
     assert load.attention_macs(1) == 2 * (N + N)
     assert load.attention_macs(100) == (100 + 8) * (N + N)
-    assert load.activations == (256 * N + 256 * N + N + N) * 4
+    assert load.activations == (CHUNK * N + CHUNK * N + N + N) * 4
     assert load.records == 8 and load.context == 1000 and load.kv == "f16"
 
 
 def test_activations_are_those_of_the_arena(path: Path, load: Load) -> None:
-    assert load.activations == Arena(File(path).slots, 256, 1).nbytes
+    assert load.activations == Arena(File(path).slots, CHUNK, 1).nbytes
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
