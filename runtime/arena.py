@@ -18,15 +18,20 @@ class Arena:
 
     def __init__(self, slots: np.ndarray, tokens: int, picks: int):
         self.slots, self.tokens, self.picks = slots, tokens, picks
-        self._offsets: dict[int, int] = {}
+        self._views = [(int(s["base"]), int(s["offset"]), int(s["width"])) for s in slots]
+        offsets: dict[int, int] = {}
         end = 0
         for i, s in enumerate(slots):
             if int(s["base"]) == i:
-                self._offsets[i] = end
+                offsets[i] = end
                 end += -(-self._capacity(i) * int(s["width"]) * 4 // _ALIGN) * _ALIGN
         raw = np.zeros(end + _ALIGN, np.uint8)
         start = -raw.ctypes.data % _ALIGN
         self._memory = raw[start : start + end]
+        self._bases: dict[int, np.ndarray] = {}
+        for i, at in offsets.items():
+            rows, width = self._capacity(i), int(slots[i]["width"])
+            self._bases[i] = self._memory[at : at + rows * width * 4].view(np.float32).reshape(rows, width)
 
     def _capacity(self, i: int) -> int:
         return self.picks if int(self.slots[i]["rows"]) == PICKS else self.tokens
@@ -42,12 +47,9 @@ class Arena:
 
     def base(self, i: int) -> np.ndarray:
         """float32[capacity, width] of base slot i."""
-        rows, width = self._capacity(i), int(self.slots[i]["width"])
-        at = self._offsets[i]
-        return self._memory[at : at + rows * width * 4].view(np.float32).reshape(rows, width)
+        return self._bases[i]
 
     def view(self, i: int, rows: int) -> np.ndarray:
         """float32[rows, width] of slot i (a view)."""
-        s = self.slots[i]
-        offset = int(s["offset"])
-        return self.base(int(s["base"]))[:rows, offset : offset + int(s["width"])]
+        base, offset, width = self._views[i]
+        return self._bases[base][:rows, offset : offset + width]

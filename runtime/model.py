@@ -76,7 +76,7 @@ class Model:
 
     def run(self, step: Step) -> np.ndarray:
         """Execute one step; float32[r, vocab]. Steps of concurrent sessions take turns."""
-        if len(step.ids) and not (int(step.ids.min()) >= 0 and int(step.ids.max()) < self.vocab_size):
+        if not all(0 <= i < self.vocab_size for i in step.ids.tolist()):
             raise UsageError(f"token ids must lie in 0..{self.vocab_size - 1}")
         with self._lock:
             return self.backend.run(step)

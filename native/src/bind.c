@@ -111,6 +111,8 @@ static const char *bind_op(hb_program *p, hb_bound *b, const hb_weight *weights,
             return NULL;
         }
         case HB_OP_EMBED:
+            if (b->matrix.rows < p->vocabulary) p->vocabulary = b->matrix.rows;
+            return NULL;
         case HB_OP_PICK:
         case HB_OP_RMSNORM:
         case HB_OP_LAYERNORM:
@@ -195,6 +197,7 @@ hb_program *hb_bind(const hb_op *ops, uint32_t op_count, const hb_slot *slots, u
     }
     if (isa == HB_ISA_BEST) isa = hb_cpu_best();
     p->policy = policy, p->isa = isa, p->pool = pool;
+    p->vocabulary = UINT32_MAX;
     p->op_count = op_count, p->slot_count = slot_count, p->cache_count = cache_count;
     p->ops = calloc(op_count ? op_count : 1, sizeof *p->ops);
     p->angles = calloc(op_count ? op_count : 1, sizeof *p->angles);

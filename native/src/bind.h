@@ -54,6 +54,7 @@ struct hb_program {
     hb_angles *angles;
     uint32_t op_count, slot_count, cache_count, angles_count;
     size_t strip_bytes; /* most bytes that a token takes in strips */
+    uint32_t vocabulary; /* ids are below it */
     int policy, isa;
     hb_pool *pool;
     size_t scratch_bytes; /* of one thread */

@@ -296,14 +296,10 @@ static bool has_pages(const hb_program *p, const hb_step *s, uint32_t t, bool on
 
 /* What cannot be known before the step: ids, sessions, positions and picks in range. */
 static int check_step(const hb_program *p, const hb_step *s) {
-    uint32_t vocabulary = UINT32_MAX;
-    for (uint32_t i = 0; i < p->op_count; i++)
-        if (p->ops[i].op.code == HB_OP_EMBED && p->ops[i].matrix.rows < vocabulary)
-            vocabulary = p->ops[i].matrix.rows;
     for (uint32_t i = 0; i < s->kv_count; i++)
         if (s->kv[i].type != HB_ENC_F32 && s->kv[i].type != HB_ENC_F16) return HB_ERROR_ARGUMENT;
     for (uint32_t t = 0; t < s->rows; t++) {
-        if (s->ids[t] < 0 || (uint32_t)s->ids[t] >= vocabulary) return HB_ERROR_ID;
+        if (s->ids[t] < 0 || (uint32_t)s->ids[t] >= p->vocabulary) return HB_ERROR_ID;
         if (p->cache_count) {
             if (s->sessions[t] < 0 || (uint32_t)s->sessions[t] >= s->kv_count) return HB_ERROR_SESSION;
             const bool follows =

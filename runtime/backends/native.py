@@ -6,8 +6,10 @@ one call runs the whole program.
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from halfbyte.formats.encodings import BY_NAME, SCALE_TYPES
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.backends.backend import Backend, Step
+from halfbyte.runtime.kv import KV
 
 _ROOT = Path(__file__).resolve().parents[2]  # the package: the repository, or site-packages/halfbyte
 _LIBRARY = "libhalfbyte.dylib" if sys.platform == "darwin" else "libhalfbyte.so"
@@ -143,7 +146,10 @@ class Native(Backend):
         self._program = ffi.gc(program, lib.hb_free)
         self._step = ffi.new("hb_step *")
         self._slot_base = ffi.new("float *[]", max(1, len(f.slots)))
+        self._step.slot_base = self._slot_base
         self._slots_of: object = None
+        self._tables: list[np.ndarray] = []  # page tables that the step points at
+        self._rows = np.empty((4, 0), np.int32)  # ids, positions, sessions and picks of the step
 
     def _point_at_arena(self) -> None:
         if self._slots_of is not self.arena:
@@ -152,25 +158,39 @@ class Native(Backend):
                     self._slot_base[i] = self._ffi.cast("float *", self.arena.base(i).ctypes.data)
             self._slots_of = self.arena
 
-    def run_range(self, step: Step, first: int, last: int) -> None:
-        """One call of the library. Raises UsageError for an id, session, position or pick out of range."""
+    def _point_at_caches(self, kvs: Sequence[KV]) -> None:
+        tables = [kv.table for kv in kvs]
+        if len(tables) == len(self._tables) and all(map(operator.is_, tables, self._tables)):
+            return
         ffi, s = self._ffi, self._step
-        self._point_at_arena()
-        keep = [
-            np.ascontiguousarray(a, np.int32) for a in (step.ids, step.positions, step.sessions, step.picks)
-        ]
-        s.ids, s.positions, s.sessions, s.pick_rows = (ffi.cast("int32_t *", a.ctypes.data) for a in keep)
-        s.rows, s.picks, s.slot_base = step.rows, len(step.picks), self._slot_base
-        table = ffi.new("hb_kv[]", max(1, len(step.kvs)))
-        for row, kv in zip(table, step.kvs):
+        self._caches = ffi.new("hb_kv[]", max(1, len(kvs)))
+        for row, kv in zip(self._caches, kvs):
             row.pages = ffi.cast("void **", kv.table.ctypes.data)
             row.page_count, row.type = kv.table.shape[1], BY_NAME[kv.mode].code
-        s.kv, s.kv_count = table, len(step.kvs)
-        status = self._lib.hb_run(self._program, s, first, last)
-        if status == self._lib.HB_ERROR_MEMORY:
-            raise HalfbyteError(f"out of memory for a step of {step.rows} rows")
+        s.kv, s.kv_count, self._tables = self._caches, len(kvs), tables
+
+    def _copy_rows(self, step: Step) -> None:
+        rows, picks = step.rows, len(step.picks)
+        if max(rows, picks) > self._rows.shape[1]:
+            self._rows = np.empty((4, max(rows, picks)), np.int32)
+            self._step.ids, self._step.positions, self._step.sessions, self._step.pick_rows = (
+                self._ffi.cast("int32_t *", a.ctypes.data) for a in self._rows
+            )
+        to = self._rows
+        to[0, :rows], to[1, :rows], to[2, :rows] = step.ids, step.positions, step.sessions
+        to[3, :picks] = step.picks
+        self._step.rows, self._step.picks = rows, picks
+
+    def run_range(self, step: Step, first: int, last: int) -> None:
+        """One call of the library. Raises UsageError for an id, session, position or pick out of range."""
+        self._point_at_arena()
+        self._point_at_caches(step.kvs)
+        self._copy_rows(step)
+        status = self._lib.hb_run(self._program, self._step, first, last)
         if status:
-            raise UsageError(ffi.string(self._lib.hb_status_text(status)).decode())
+            if status == self._lib.HB_ERROR_MEMORY:
+                raise HalfbyteError(f"out of memory for a step of {step.rows} rows")
+            raise UsageError(self._ffi.string(self._lib.hb_status_text(status)).decode())
 
     def describe(self) -> dict[str, object]:
         """Adds the library, its instruction set and the kernel of every op and family."""
