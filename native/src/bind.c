@@ -126,6 +126,27 @@ static const char *bind_op(hb_program *p, hb_bound *b, const hb_weight *weights,
     }
 }
 
+/* The slot whose rows a record works through. */
+static uint32_t driving_slot(const hb_bound *b) {
+    return b->op.out[0] == HB_NONE || b->op.code == HB_OP_LINEAR ? b->op.in[0] : b->op.out[0];
+}
+
+/* Which records can run row by row behind the one before, in one hand-out of rows to the threads. */
+static void find_runs(hb_program *p) {
+    for (uint32_t i = 0; i < p->op_count; i++) {
+        hb_bound *b = &p->ops[i];
+        const hb_bound *before = i ? b - 1 : NULL;
+        b->by_row = b->op.code != HB_OP_LINEAR && b->op.code != HB_OP_ATTEND;
+        if (!before) continue;
+        const hb_slot *mine = &p->slots[driving_slot(b)], *its = &p->slots[driving_slot(before)];
+        b->joins = before->by_row && (b->by_row || b->quantised) && b->op.code != HB_OP_PICK &&
+                   mine->rows == its->rows;
+        b->strips_stand = b->quantised && before->quantised && b->op.in[0] == before->op.in[0] &&
+                          b->matrix.block == before->matrix.block &&
+                          p->slots[before->op.out[0]].base != mine->base;
+    }
+}
+
 static void *copy(const void *from, size_t count, size_t size) {
     void *to = calloc(count ? count : 1, size);
     if (to && count) memcpy(to, from, count * size);
@@ -219,7 +240,10 @@ hb_program *hb_bind(const hb_op *ops, uint32_t op_count, const hb_slot *slots, u
     }
     if (!why && posix_memalign((void **)&p->scratch, 64, p->scratch_bytes * (size_t)hb_pool_threads(pool)))
         why = "out of memory";
-    if (!why) return p;
+    if (!why) {
+        find_runs(p);
+        return p;
+    }
     snprintf(error, error_size, "record %u: %s", at, why);
     hb_free(p);
     return NULL;

@@ -35,6 +35,9 @@ typedef struct hb_bound {
     uint32_t vector_cols;
     const uint32_t *index; /* GATHER */
     uint32_t angles;       /* ROPE: which table of cosines and sines */
+    bool by_row;           /* a row of the output needs the same row of the inputs only */
+    bool joins;        /* by_row, or the quantising of LINEAR: can follow row by row on the record before */
+    bool strips_stand; /* LINEAR: the record before has quantised the same input */
 } hb_bound;
 
 /* Cosines and sines of one step, shared by the ROPE records with the same frequencies and factor. */
@@ -53,7 +56,7 @@ struct hb_program {
     hb_cache *caches;
     hb_angles *angles;
     uint32_t op_count, slot_count, cache_count, angles_count;
-    size_t strip_bytes; /* most bytes that a token takes in strips */
+    size_t strip_bytes;  /* most bytes that a token takes in strips */
     uint32_t vocabulary; /* ids are below it */
     int policy, isa;
     hb_pool *pool;

@@ -5,11 +5,15 @@
 
 /* Work below which waking other threads costs more than it saves: values touched, or multiplications. */
 enum { SMALL_VALUES = 1 << 15, SMALL_PRODUCTS = 1 << 17 };
+enum { LONGEST_RUN = 64 }; /* records: the bits of job.fills */
 
 typedef struct {
     hb_program *program;
     const hb_step *step;
     const hb_bound *bound;
+    const hb_bound *first, *last; /* a run of records by row */
+    const hb_bound *quantise;     /* LINEAR whose input the run quantises, or NULL */
+    uint64_t fills;               /* of the first 64 of the run, the ROPE that compute their angles */
     hb_linear linear;
     hb_attend attend;
     uint32_t span_count;
@@ -35,11 +39,16 @@ static float attr_float(const hb_op *op, int i) {
     return f;
 }
 
+static void fill_angles(const hb_angles *a, int32_t position, float *table) {
+    for (uint32_t i = 0; i < a->n; i++) {
+        double angle = (double)position * (double)a->inv_freq[i];
+        table[i] = (float)(cos(angle) * (double)a->mscale);
+        table[a->n + i] = (float)(sin(angle) * (double)a->mscale);
+    }
+}
+
 /* One row of an op that treats rows alike. */
-static void row_task(void *context, uint32_t t, uint32_t worker) {
-    (void)worker;
-    const job *j = context;
-    const hb_bound *b = j->bound;
+static void run_row(const job *j, const hb_bound *b, uint32_t t) {
     const hb_op *op = &b->op;
     const hb_kernels *k = &j->program->kernels;
     if (op->code == HB_OP_KV_PUT) {
@@ -102,7 +111,8 @@ static void row_task(void *context, uint32_t t, uint32_t worker) {
             return;
         case HB_OP_ROPE: {
             const hb_angles *a = &j->program->angles[b->angles];
-            const float *table = a->table + (size_t)t * 2 * a->n;
+            float *table = a->table + (size_t)t * 2 * a->n;
+            if (j->fills >> (b - j->first) & 1) fill_angles(a, j->step->positions[t], table);
             const uint32_t head = op->attr[HB_ATTR_ROPE_HEAD_DIM];
             k->rope(x, width / head, head, a->n, table, table + a->n, y);
             return;
@@ -112,22 +122,50 @@ static void row_task(void *context, uint32_t t, uint32_t worker) {
     }
 }
 
-static void run_rows(job *j) {
-    const hb_op *op = &j->bound->op;
-    const uint32_t i = op->code == HB_OP_KV_PUT ? op->in[0] : op->out[0];
-    const uint32_t rows = slot_rows(j, i), width = j->program->slots[i].width;
-    const uint32_t all = rows ? rows : 1;
-    hb_pool_run(j->program->pool, row_task, j, rows,
-                (size_t)rows * width < SMALL_VALUES ? all : (all + 15) / 16);
+/* Makes a LINEAR the one that j->linear is about. */
+static void open_linear(job *j, const hb_bound *b) {
+    const view x = slot(j, b->op.in[0]), y = slot(j, b->op.out[0]);
+    const hb_matrix *m = &b->matrix;
+    j->linear =
+        (hb_linear){.matrix = m, .bias = b->vector[0], .x = x.p, .ldx = x.stride, .y = y.p, .ldy = y.stride};
+    if (b->quantised)
+        j->linear.strips = hb_strips_layout(j->program->strips, slot_rows(j, b->op.in[0]), m->cols, m->block);
 }
 
-static void quantize_task(void *context, uint32_t t, uint32_t worker) {
-    (void)worker;
-    const job *j = context;
+static void quantise_row(const job *j, uint32_t t) {
     const hb_linear *l = &j->linear;
     hb_strips strip = l->strips;
     strip.data += t / strip.width * strip.strip_bytes;
     j->program->kernels.quantize(l->x + t * l->ldx, l->matrix->cols, &strip, t % strip.width);
+}
+
+/* One row of every record of a run. */
+static void run_task(void *context, uint32_t t, uint32_t worker) {
+    (void)worker;
+    const job *j = context;
+    for (const hb_bound *b = j->first; b < j->last; b++) run_row(j, b, t);
+    if (j->quantise) quantise_row(j, t);
+}
+
+/* Records first <= b < last by row, then the quantising of the input of `quantise`, if any. */
+static void run_rows(job *j, const hb_bound *first, const hb_bound *last, const hb_bound *quantise) {
+    uint32_t rows = 0;
+    size_t width = 0;
+    j->first = first, j->last = last, j->quantise = quantise, j->fills = 0;
+    for (const hb_bound *b = first; b < last; b++) {
+        const uint32_t i = b->op.code == HB_OP_KV_PUT ? b->op.in[0] : b->op.out[0];
+        rows = slot_rows(j, i), width += j->program->slots[i].width;
+        if (b->op.code != HB_OP_ROPE) continue;
+        hb_angles *a = &j->program->angles[b->angles];
+        if (!a->ready) j->fills |= (uint64_t)1 << (b - first), width += 64 * a->n;
+        a->ready = true;
+    }
+    if (quantise) {
+        open_linear(j, quantise);
+        rows = slot_rows(j, quantise->op.in[0]), width += quantise->matrix.cols;
+    }
+    const uint32_t all = rows ? rows : 1, share = (all + 15) / 16;
+    hb_pool_run(j->program->pool, run_task, j, rows, (size_t)rows * width < SMALL_VALUES ? all : share);
 }
 
 /* Panels of one task. A few tokens are bound by memory, and divide best panel by panel; for many, panels of a
@@ -152,18 +190,10 @@ static void linear_task(void *context, uint32_t index, uint32_t worker) {
 
 static void run_linear(job *j) {
     hb_program *p = j->program;
-    const hb_bound *b = j->bound;
-    const hb_matrix *m = &b->matrix;
-    const uint32_t rows = slot_rows(j, b->op.out[0]);
-    const view x = slot(j, b->op.in[0]), y = slot(j, b->op.out[0]);
+    const hb_matrix *m = &j->bound->matrix;
+    const uint32_t rows = slot_rows(j, j->bound->op.out[0]);
     if (!rows) return;
-    j->linear =
-        (hb_linear){.matrix = m, .bias = b->vector[0], .x = x.p, .ldx = x.stride, .y = y.p, .ldy = y.stride};
-    if (b->quantised) {
-        j->linear.strips = hb_strips_layout(p->strips, rows, m->cols, m->block);
-        hb_pool_run(p->pool, quantize_task, j, rows,
-                    (size_t)rows * m->cols < SMALL_VALUES ? rows : (rows + 15) / 16);
-    }
+    open_linear(j, j->bound);
     const uint32_t each = linear_panels(j, rows) * 16, spans = (m->rows + each - 1) / each;
     const uint32_t count = spans * ((rows + HB_TOKEN_TILE - 1) / HB_TOKEN_TILE);
     const uint32_t share = count / ((uint32_t)hb_pool_threads(p->pool) * 8);
@@ -255,29 +285,6 @@ static void run_attend(job *j) {
     hb_pool_run(p->pool, attend_task, j, count, small ? count : 1);
 }
 
-static void angles_task(void *context, uint32_t t, uint32_t worker) {
-    (void)worker;
-    const job *j = context;
-    const hb_angles *a = &j->program->angles[j->bound->angles];
-    float *table = a->table + (size_t)t * 2 * a->n;
-    for (uint32_t i = 0; i < a->n; i++) {
-        double angle = (double)j->step->positions[t] * (double)a->inv_freq[i];
-        table[i] = (float)(cos(angle) * (double)a->mscale);
-        table[a->n + i] = (float)(sin(angle) * (double)a->mscale);
-    }
-}
-
-static void run_rope(job *j) {
-    hb_angles *a = &j->program->angles[j->bound->angles];
-    if (!a->ready) {
-        const uint32_t rows = j->step->rows;
-        hb_pool_run(j->program->pool, angles_task, j, rows,
-                    (size_t)rows * a->n < 512 ? rows : (rows + 15) / 16);
-        a->ready = true;
-    }
-    run_rows(j);
-}
-
 /* Whether the pages that row t writes and sees are there. */
 static bool has_pages(const hb_program *p, const hb_step *s, uint32_t t, bool only_own) {
     const hb_kv *kv = &s->kv[s->sessions[t]];
@@ -319,22 +326,21 @@ int hb_execute(hb_program *p, const hb_step *step, uint32_t first, uint32_t last
     if (!hb_program_reserve(p, step->rows > step->picks ? step->rows : step->picks)) return HB_ERROR_MEMORY;
     for (uint32_t i = 0; i < p->angles_count; i++) p->angles[i].ready = false;
     job j = {.program = p, .step = step};
-    for (uint32_t i = first; i < last; i++) {
-        j.bound = &p->ops[i];
-        switch (j.bound->op.code) {
-            case HB_OP_LINEAR:
-                run_linear(&j);
-                break;
-            case HB_OP_ATTEND:
-                run_attend(&j);
-                break;
-            case HB_OP_ROPE:
-                run_rope(&j);
-                break;
-            default:
-                run_rows(&j);
-                break;
-        }
+    const hb_bound *b = p->ops + first, *const end = p->ops + last;
+    while (b < end) {
+        const hb_bound *const start = b;
+        if (b->by_row) do
+                b++;
+            while (b < end && b->by_row && b->joins && b - start < LONGEST_RUN);
+        const bool here =
+            b < end && b->quantised && (b > start ? b->joins : b == p->ops + first || !b->strips_stand);
+        if (b > start || here) run_rows(&j, start, b, here ? b : NULL);
+        if (b == end || (b > start && !here)) continue;
+        j.bound = b++;
+        if (j.bound->op.code == HB_OP_LINEAR)
+            run_linear(&j);
+        else
+            run_attend(&j);
     }
     return HB_OK;
 }

@@ -44,12 +44,16 @@ static inline void relax(void) {
 }
 
 static void work(hb_pool *p, uint32_t worker) {
-    const uint32_t count = p->count, chunk = p->chunk;
-    for (;;) {
-        uint32_t first = atomic_fetch_add_explicit(&p->next, chunk, memory_order_relaxed);
-        if (first >= count) return;
-        uint32_t last = count - first < chunk ? count : first + chunk;
+    const uint32_t count = p->count, chunk = p->chunk, parts = 4 * (uint32_t)p->threads;
+    uint32_t first = atomic_load_explicit(&p->next, memory_order_relaxed);
+    while (first < count) {
+        const uint32_t share = (count - first) / parts, most = share < chunk ? share : chunk;
+        const uint32_t last = first + (most ? most : 1);
+        if (!atomic_compare_exchange_weak_explicit(&p->next, &first, last, memory_order_relaxed,
+                                                   memory_order_relaxed))
+            continue;
         for (uint32_t i = first; i < last; i++) p->task(p->context, i, worker);
+        first = atomic_load_explicit(&p->next, memory_order_relaxed);
     }
 }
 

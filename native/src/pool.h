@@ -9,8 +9,10 @@
 /* `worker` is below hb_pool_threads: it numbers the thread, for its scratch memory. */
 typedef void hb_task(void *context, uint32_t index, uint32_t worker);
 
-/* Calls task for 0 <= index < count in any order, `chunk` consecutive ones at a time on one thread. Returns
- * when all are done. */
+/* Calls task for 0 <= index < count in any order; a thread takes up to `chunk` consecutive ones at a time,
+ * fewer towards the end, so that a slow one holds the others up for a small part only (guided
+ * self-scheduling, Polychronopoulos and Kuck 1987). Up to `chunk` in all stay on the caller. Returns when all
+ * are done. */
 void hb_pool_run(hb_pool *pool, hb_task *task, void *context, uint32_t count, uint32_t chunk);
 
 #endif
