@@ -20,6 +20,7 @@ from halfbyte.formats.errors import UsageError
 # A model of up to this many weights also writes calibration text itself: a float file of 200 MB and some seconds.
 OWN_TEXT_WEIGHTS = 50_000_000
 OWN_SHARE = 0.75  # of the sequences, where there are both
+HELD_OUT = 8  # of so many sequences one is kept for measuring, where no held-out text is given
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,11 +56,33 @@ class Plan:
         self.method = method
         if method == "auto":
             self.method = "gptq" if rounds and tokenizer else "rtn"
+        self._found: list[list[int]] | None = None
         if calibrate is not None:
             self.sequences(None)  # a file that cannot be used is found at once
 
     def sequences(self, folder: Path | None) -> list[list[int]]:
         """Token ids to calibrate on; `folder` is where a float file may be written, None for nowhere."""
+        if self._found is None:
+            self._found = self._sequences(folder)
+        return self._found
+
+    def hold_out(self, folder: Path, text: Path | None) -> list[list[int]]:
+        """Token ids to measure on: those of a text, else every HELD_OUT-th sequence, no longer calibrated on.
+
+        Raises UsageError for a text that cannot be used, and where there is too little to part with.
+        """
+        from halfbyte.converter import calibrate as c
+
+        if text is not None:
+            tokenizer = c.tokenizer_of(self.tokenizer, self.meta)
+            return c.sequences(tokenizer, self.template, text, self.b.context_limit)
+        found = self.sequences(folder)
+        if len(found) < HELD_OUT:
+            raise UsageError("too little text to hold some of it out for measuring; give --heldout TEXT")
+        self._found = [s for i, s in enumerate(found) if i % HELD_OUT != HELD_OUT - 1]
+        return found[HELD_OUT - 1 :: HELD_OUT]
+
+    def _sequences(self, folder: Path | None) -> list[list[int]]:
         from halfbyte.converter import calibrate as c
 
         tokenizer = c.tokenizer_of(self.tokenizer, self.meta)
