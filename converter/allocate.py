@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from halfbyte.formats.metadata import Value
 NEAR = 0.02  # bits that the result may be away from --target-bits
 LEAST = 0.9  # of a KL bound: below it a smaller file may do
 ROUNDS = 8
+PLAIN = "q8"  # the encoding that no method but rounding to nearest knows
 
 Progress = Callable[[str, int, int], None]
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
@@ -87,24 +88,58 @@ class Allocation:
         """Bits per weight over all matrices."""
         return 8 * (self.fixed + self.total(self.sizes, choice)) / self.weights
 
+    def uses(self, choice: Sequence[int], encoding: str) -> bool:
+        """Whether a choice has the encoding anywhere."""
+        return any(row[k] == encoding for row, k in zip(self.names, choice))
+
+    def without(self, encoding: str) -> dict[str, dict[str, Measured]]:
+        """What was measured, less one encoding."""
+        return {n: {e: m for e, m in row.items() if e != encoding} for n, row in self.measured.items()}
+
+    def rival(self, solved: Callable[[Allocation], list[int]], bits: float) -> list[int] | None:
+        """This allocation's solution if it is about as large."""
+        try:
+            choice = solved(self)
+        except UsageError:
+            return None
+        return choice if self.bits(choice) >= bits - NEAR else None
+
     def lightest(self) -> list[int]:
         """The smallest option of every matrix."""
         return [int(np.argmin(row)) for row in self.sizes]
 
     def for_bits(self, bits: float) -> list[int]:
-        """At most `bits` a weight; up to NEAR more only if nothing lies within NEAR below."""
-        for budget in (bits, bits + NEAR):
-            choice = solve(self.sizes, self.klds, budget * self.weights / 8 - self.fixed)
-            if choice is not None and self.bits(choice) >= min(bits, self._most()) - NEAR:
-                return choice
-        if choice is None:
+        """The best plan of bits - NEAR to bits a weight; where none lies there, of up to NEAR more."""
+        if self.bits(self.lightest()) > bits + NEAR:
             raise UsageError(
                 f"{bits:g} bits is too few: the smallest plan has {self.bits(self.lightest()):.3f}"
             )
-        return choice
+        least, most = ((bits + d) * self.weights / 8 - self.fixed for d in (-NEAR, 0.0))
+        closest = [int(np.argmin(row)) for row in self.klds]
+        if self.total(self.sizes, closest) <= least:
+            return closest
+        best = solve(self.sizes, self.klds, most)
+        if best is not None and self.total(self.sizes, best) >= least:
+            return best
+        near = most + NEAR * self.weights / 8
+        # Where steps are coarse the best plan of all may leave more unused than may be.
+        for budget in (most, near):
+            known = self._filled(least, budget)
+            if known is not None:
+                return solve(self.sizes, self.klds, budget, least, self.total(self.klds, known)) or known
+        return best or solve(self.sizes, self.klds, near) or self.lightest()
 
-    def _most(self) -> float:
-        return self.bits([int(np.argmax(row)) for row in self.sizes])
+    def _filled(self, least: float, most: float) -> list[int] | None:
+        """A plan of least..most bytes, found by a growing reward for size."""
+        unit = max(map(max, self.klds)) / self.weights
+        for k in range(-20, 21):
+            costs = [
+                list(np.subtract(k_, np.multiply(n, unit * 2.0**k))) for k_, n in zip(self.klds, self.sizes)
+            ]
+            choice = solve(self.sizes, costs, most)
+            if choice is not None and self.total(self.sizes, choice) >= least:
+                return choice
+        return None
 
     def for_bytes(self, nbytes: int, length: Callable[[], int]) -> list[int]:
         """A file of at most `nbytes`; length() gives that of a file with the builder's present storages."""
@@ -173,20 +208,34 @@ def choose(
 
     with tempfile.TemporaryDirectory(prefix=".halfbyte-", dir=folder) as temporary:
         scratch = evaluate.Scratch(b, weights, Path(temporary) / "float.hb", meta)
-        a = Allocation(b, evaluate.Sensitivity(b, weights, sequences, scratch, method).run(progress))
+        s = evaluate.Sensitivity(b, weights, sequences, scratch, method)
+        measured = s.run(progress)
+        a = Allocation(b, measured)
 
-        def measure() -> float:
+        def measure(text: Sequence[Sequence[int]], reference: Iterable[np.ndarray]) -> float:
             trial = Path(temporary) / "trial.hb"
             convert(trial)
-            reference = evaluate.logits(scratch.path, held_out, "f32")
-            return evaluate.divergence(reference, evaluate.logits(trial, held_out))
+            return evaluate.divergence(reference, evaluate.logits(trial, text))
 
-        if goal.bits is not None:
-            choice = a.for_bits(goal.bits)
-        elif goal.nbytes is not None:
-            choice = a.for_bytes(goal.nbytes, length)
+        def solved(a: Allocation) -> list[int]:
+            return (
+                a.for_bytes(goal.nbytes, length) if goal.nbytes is not None else a.for_bits(goal.bits or 0.0)
+            )
+
+        if goal.kld is not None:
+            choice = a.for_kld(
+                goal.kld, lambda: measure(held_out, evaluate.logits(scratch.path, held_out, "f32"))
+            )
         else:
-            assert goal.kld is not None
-            choice = a.for_kld(goal.kld, measure)
+            choice = solved(a)
+            a.apply(choice)
+            rival = Allocation(b, a.without(PLAIN))
+            if s.small and a.uses(choice, PLAIN) and (other := rival.rival(solved, a.bits(choice))):
+                # What is rounded plainly cannot make up for errors before it, which no measurement of one matrix
+                # shows: try the best plan without.
+                found = measure(s.text, s.reference)
+                rival.apply(other)
+                if measure(s.text, s.reference) <= found:
+                    a, choice = rival, other
         a.apply(choice)
-    return Table.of(b, method, a.measured)
+    return Table.of(b, method, measured)

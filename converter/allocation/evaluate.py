@@ -118,6 +118,7 @@ class Sensitivity:
         few = np.unique(np.linspace(0, len(sequences) - 1, max(1, tokens // length)).astype(int))
         self.text = [list(sequences[i][:length]) for i in few]
         self.reference = list(logits(scratch.path, self.text, "f32"))
+        self.small = scratch.encoding == "f32"
         self.found: dict[str, dict[str, Measured]] = {}
 
     def run(self, progress: Progress | None = None) -> dict[str, dict[str, Measured]]:
@@ -144,12 +145,11 @@ class Sensitivity:
         return self.found
 
     def _matrix(self, t: Matrix, s: Statistics | None, products: Products) -> dict[str, Measured]:
-        small = self.scratch.encoding == "f32"
         out: dict[str, Measured] = {}
         look = self.weights.rows(t, 0, max(tiles.PANEL, min(t.shape[0], LOOK // t.shape[1])))
-        for name in ENCODINGS if small else (PROBE,):
+        for name in ENCODINGS if self.small else (PROBE,):
             out[name] = self._encoding(t, s, name, products)
-        if not small:
+        if not self.small:
             one = out.pop(PROBE)
             errors = {n: _relative(look, _planes.decode(_planes.nearest(look, n), n)) for n in ENCODINGS}
             scale = 1 / (errors[PROBE] or 1.0)

@@ -15,18 +15,26 @@ SLACK = 1e-9  # relative: rounding of sums must not drop the best state
 
 
 def solve(
-    weights: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float
+    weights: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[float]],
+    budget: float,
+    least: float = 0.0,
+    known: float = np.inf,
 ) -> list[int] | None:
-    """choice[i] of weights[i], costs[i] that minimises the sum of costs while the weights sum to at most `budget`.
+    """choice[i] of weights[i], costs[i] that minimises the sum of costs while the weights sum to least..budget.
 
-    None where not even the lightest options fit. Deterministic: of equal costs the lighter choice wins.
+    None where no choice does. known: the cost of a choice that does, which makes the search shorter. Deterministic:
+    of equal costs the lighter choice wins.
     """
     w = [np.asarray(row, np.float64) for row in weights]
     c = [np.asarray(row, np.float64) for row in costs]
-    lightest = np.append(np.cumsum([row.min() for row in w][::-1])[::-1], 0.0)  # of the items from i on
+    lightest, heaviest = (
+        np.append(np.cumsum([pick(row) for row in w][::-1])[::-1], 0.0) for pick in (np.min, np.max)
+    )  # of the items from i on
     if lightest[0] > budget:
         return None
-    price, known = _dual(w, c, budget)
+    price, found = _dual(w, c, budget)
+    known = found if least <= 0 else known
     ahead = np.append(np.cumsum([(a + price * b).min() for a, b in zip(c, w)][::-1])[::-1], 0.0)
     limit = known + SLACK * abs(known)
     weight, cost = np.zeros(1), np.zeros(1)
@@ -34,13 +42,19 @@ def solve(
     for i, (a, b) in enumerate(zip(c, w), 1):
         total_weight, total_cost = ((x[:, None] + y).ravel() for x, y in ((weight, b), (cost, a)))
         bound = total_cost + ahead[i] - price * (budget - total_weight)
-        alive = np.flatnonzero((total_weight + lightest[i] <= budget) & (bound <= limit))
+        fits = (total_weight + lightest[i] <= budget) & (total_weight + heaviest[i] >= least)
+        alive = np.flatnonzero(fits & (bound <= limit))
+        if not len(alive):
+            return None
         order = alive[np.lexsort((total_cost[alive], total_weight[alive]))]
-        best = np.minimum.accumulate(total_cost[order])
-        order = order[np.append(True, total_cost[order][1:] < best[:-1])]
+        sorted_cost = total_cost[order]
+        if least > 0:  # a heavier state may be needed: only among equal weights does the cheapest win
+            order = order[np.append(True, np.diff(total_weight[order]) > 0)]
+        else:
+            order = order[np.append(True, sorted_cost[1:] < np.minimum.accumulate(sorted_cost)[:-1])]
         weight, cost = total_weight[order], total_cost[order]
         trail.append((order % len(b), order // len(b)))
-    at, choice = len(cost) - 1, []  # the heaviest state left is the cheapest
+    at, choice = int(np.argmin(cost)), []
     for option, origin in reversed(trail):
         choice.append(int(option[at]))
         at = int(origin[at])

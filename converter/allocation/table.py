@@ -107,7 +107,7 @@ class Table:
         return "\n".join(
             (
                 f"# {self.bits:.3f} bits per weight. Edit the encodings and give the file to `convert --plan`. Names",
-                '# may be patterns ("*.down_proj" = "q6"): a full name beats a pattern, a later pattern an earlier one.',
+                '# may be patterns ("*.down_proj" = "q6"): full names win, then later patterns.',
                 f'method = "{self.method}"',
                 "",
                 line("[encodings]", head),
