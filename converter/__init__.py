@@ -30,6 +30,8 @@ def convert(
     context: int | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     method: str = "auto",
+    smooth: bool = False,
+    rotate: bool = False,
     plan: str | os.PathLike[str] | None = None,
     save_plan: str | os.PathLike[str] | None = None,
     target_bits: float | None = None,
@@ -47,6 +49,9 @@ def convert(
     at most what the model was made for. calibrate: a text or a `.jsonl` of chats that is like what the model will
     see; method: see `converter.recipe.METHODS`. Without a calibration text gptq uses text that the model writes
     itself (small models) and a built-in mix. The file is written aside and renamed when complete.
+
+    smooth folds SmoothQuant's scales into the program, rotate Hadamard rotations of the residual stream, the heads
+    and, as an op, the inputs of the down projections; models that do not allow it are refused.
 
     Instead of a recipe, one of: plan, a file that names the encoding of every matrix (`allocation.table`);
     target_bits a weight; max_bytes of the file (a number, or a text such as "1.2G"); max_kld, the mean KL from the
@@ -90,6 +95,8 @@ def convert(
             raise CheckpointError(f"config.json makes no sense for this model type: {why}") from error
         _check_context(b, context)
         _check_all_used(checkpoint, b)
+        if rotate:
+            _rotate(b)
         json, meta = _text(checkpoint, b.vocab)
         template = _unicode(checkpoint.chat_template or "", "the chat template")
         total = sum(t.shape[0] * t.shape[1] for t in b.tensors if len(t.shape) == 2)
@@ -109,8 +116,16 @@ def convert(
             method = planned if method == "auto" else method
             table.store(b, storages)
         how = Plan(
-            b, Weights(b), method, None if calibrate is None else Path(calibrate), json, template, meta
+            b,
+            Weights(b),
+            method,
+            None if calibrate is None else Path(calibrate),
+            json,
+            template,
+            meta,
+            smooth,
         )
+        how.prepare(out.parent, progress)
         meta["quantization.method"] = how.method
 
         def write(path: Path, report: Callable[[str, int], None]) -> None:
@@ -137,6 +152,16 @@ def convert(
             on_plan(used)
         write(out, report)
     return out
+
+
+def _rotate(b: Builder) -> None:
+    from halfbyte.converter.fold import Fold
+    from halfbyte.converter.quantizers import rotation
+
+    fold = Fold(b)
+    rotation.residual(fold)
+    rotation.heads(fold)
+    rotation.online(fold)
 
 
 def _check_out(out: Path, source: Path, tokenizer: Path | None) -> None:

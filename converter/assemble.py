@@ -6,6 +6,7 @@ Memory stays bounded by a few blocks, whatever the size of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from halfbyte.converter.builder import Builder, Matrix, Vector
 from halfbyte.converter.checkpoints.checkpoint import Packed
+from halfbyte.converter.recipe import Storage
 from halfbyte.converter.weights import Weights, check_finite
 from halfbyte.formats import encodings, tiles
 from halfbyte.formats.errors import CheckpointError
@@ -63,6 +65,18 @@ def assemble(
         for i, t in enumerate(b.tensors):
             if isinstance(t, Matrix) and i not in done:
                 encode(t, weights, partial(write_and_report, i))
+
+
+def assemble_float(
+    b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, weights: Weights, encoding: str = "f32"
+) -> None:
+    """Write the same program with every matrix as floats."""
+    tensors, storage = b.tensors, Storage(encoding)
+    b.tensors = [replace(t, storage=storage) if isinstance(t, Matrix) else t for t in tensors]
+    try:
+        assemble(b, path, meta, tokenizer, "", lambda name, count: None, weights)
+    finally:
+        b.tensors = tensors
 
 
 def _writer(b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, template: str) -> Writer:

@@ -28,6 +28,8 @@ RECIPES = {
 METHODS = {
     "auto": "gptq for a model that brings a tokenizer, else rtn",
     "rtn": "round to nearest with searched scales; weighted by the inputs with a calibration text",
+    "awq": "columns of large inputs scaled up, groups clipped, then rounded to nearest",
+    "autoround": "rounding learned by SignSGD on the error of each matrix's outputs",
     "gptq": "errors fed forward and made up for, on a calibration text or text of the model's own",
 }
 

@@ -9,13 +9,12 @@ over and put back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from halfbyte.converter.allocation.table import Measured, matrices
-from halfbyte.converter.assemble import assemble
+from halfbyte.converter.assemble import assemble_float
 from halfbyte.converter.blas import Products, spans
 from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.calibrate import Calibration, Progress, Statistics
@@ -70,13 +69,7 @@ class Scratch:
         self.path, self.weights = path, weights
         small = sum(t.shape[0] * t.shape[1] for t in matrices(b)) <= SMALL
         self.encoding = "f32" if small else "bf16"
-        plain = replace(matrices(b)[0].storage, encoding=self.encoding, group=0, scale_type="", packed=False)
-        kept = list(b.tensors)
-        try:
-            b.tensors[:] = [replace(t, storage=plain) if isinstance(t, Matrix) else t for t in kept]
-            assemble(b, path, meta, b"", "", lambda name, count: None, weights)
-        finally:
-            b.tensors[:] = kept
+        assemble_float(b, path, meta, b"", weights, self.encoding)
         self.offsets = {t.name: t.offset for t in File(path).tensors}
 
     def write(self, t: Matrix, row: int, w: np.ndarray) -> None:
@@ -118,6 +111,7 @@ class Sensitivity:
         few = np.unique(np.linspace(0, len(sequences) - 1, max(1, tokens // length)).astype(int))
         self.text = [list(sequences[i][:length]) for i in few]
         self.reference = list(logits(scratch.path, self.text, "f32"))
+        self.learns = method in ("gptq", "autoround")  # whose errors are about the same
         self.small = scratch.encoding == "f32"
         self.found: dict[str, dict[str, Measured]] = {}
 
@@ -139,9 +133,7 @@ class Sensitivity:
                 assert isinstance(t, Matrix)
                 visit(t, None)
             calibration = Calibration(self.b, self.weights, self.sequences)
-            calibration.run(
-                visit, hessians=self.method in ("gptq", "autoround"), only={t.name for t in wanted}
-            )
+            calibration.run(visit, hessians=self.learns, only={t.name for t in wanted})
         return self.found
 
     def _matrix(self, t: Matrix, s: Statistics | None, products: Products) -> dict[str, Measured]:
@@ -160,7 +152,7 @@ class Sensitivity:
 
     def _encoding(self, t: Matrix, s: Statistics | None, name: str, products: Products) -> Measured:
         importance = None if s is None or t.name in self.tables else s.square
-        feedback = gptq.supports(name) and (s is None or s.hessian is not None) and self.method != "rtn"
+        feedback = gptq.supports(name) and self.learns
         if feedback:
             hessian = np.eye(t.shape[1]) if s is None else s.hessian
             assert hessian is not None

@@ -38,8 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="auto",
         metavar="NAME",
-        help="rtn (seconds; no text needed) or gptq (closest to the float model); default: gptq if the model has a"
-        " tokenizer",
+        help="rtn (seconds; no text needed), awq, autoround or gptq (closest to the float model); default: gptq if the"
+        " model has a tokenizer",
+    )
+    parser.add_argument(
+        "--smooth", action="store_true", help="even out large activations first (SmoothQuant)"
+    )
+    parser.add_argument(
+        "--rotate", action="store_true", help="spread large activations by Hadamard rotations first"
     )
     goal = parser.add_argument_group("which encoding each matrix gets, instead of a recipe")
     goal.add_argument(
@@ -86,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
             context=args.context,
             calibrate=args.calibrate,
             method=args.method,
+            smooth=args.smooth,
+            rotate=args.rotate,
             plan=args.plan,
             save_plan=args.save_plan,
             target_bits=args.target_bits,
