@@ -115,6 +115,8 @@ def convert(
             planned, storages = table.read(Path(plan), b)
             method = planned if method == "auto" else method
             table.store(b, storages)
+        elif recipe.endswith("+"):
+            table.lift_head(b)
         how = Plan(
             b,
             Weights(b),

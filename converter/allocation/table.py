@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from halfbyte.converter.builder import Builder, Matrix
-from halfbyte.converter.recipe import RECIPES, Storage, check_method
+from halfbyte.converter.recipe import RECIPES, Storage, check_method, head
 from halfbyte.formats import tiles
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import UsageError
+from halfbyte.formats.ops import BY_NAME as BY_OP
 
+ENCODINGS = tuple(n for n in RECIPES if not n.endswith("+"))
 KEEP = "keep"  # codes that arrived quantised stay as they are
 
 
@@ -51,6 +53,15 @@ def store(b: Builder, storages: Mapping[str, Storage]) -> None:
     for i, t in enumerate(b.tensors):
         if isinstance(t, Matrix) and t.name in storages:
             b.tensors[i] = replace(t, storage=storages[t.name])
+
+
+def lift_head(b: Builder) -> None:
+    """Give the matrix that makes the logits the storage of a head."""
+    records, _, _ = b.finish()
+    linear = BY_OP["linear"].code
+    t = b.tensors[int(records[records["code"] == linear][-1]["w"][0])]
+    assert isinstance(t, Matrix)
+    store(b, {t.name: head(t.storage)})
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,8 @@ class Table:
         rows = self.rows()
         keys = [f'"{r[0]}" = "{r[2]}"' for r in rows]
         facts = [(r[1], *r[3:]) for r in rows]
-        head = ("shape", *self.HEADER[3:])
-        wide = [max(map(len, column)) for column in zip(head, *facts)]
+        titles = ("shape", *self.HEADER[3:])
+        wide = [max(map(len, column)) for column in zip(titles, *facts)]
         left = max([*map(len, keys), len("[encodings]")])
 
         def line(key: str, cells: tuple[str, ...]) -> str:
@@ -110,7 +121,7 @@ class Table:
                 '# may be patterns ("*.down_proj" = "q6"): full names win, then later patterns.',
                 f'method = "{self.method}"',
                 "",
-                line("[encodings]", head),
+                line("[encodings]", titles),
                 *map(line, keys, facts),
                 "",
             )
@@ -165,8 +176,8 @@ def _resolve(named: dict[str, object], b: Builder) -> dict[str, Storage]:
         fits = [key] if key in everything else [n for n in everything if fnmatchcase(n, key)]
         if not fits:
             raise UsageError(f"{key!r} is not a matrix of this model; `halfbyte explain` lists them")
-        if not isinstance(encoding, str) or encoding not in RECIPES:
-            raise UsageError(f"unknown encoding {encoding!r} of {key!r}; there are {', '.join(RECIPES)}")
+        if not isinstance(encoding, str) or encoding not in ENCODINGS:
+            raise UsageError(f"unknown encoding {encoding!r} of {key!r}; there are {', '.join(ENCODINGS)}")
         chosen |= dict.fromkeys(fits, encoding)
     missing = [n for n in everything if n not in chosen]
     if missing:

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="q4, q8, f16, bf16, f32 or keep (default: q4, or keep for codes that arrive quantised)",
+        help="q2 to q6, q8, q4+ (the head in q6), f16, bf16, f32 or keep (default: q4; keep for codes that arrive"
+        " quantised)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer instead of the source's own")
     parser.add_argument(
