@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.formats.errors import CheckpointError, FormatError, UsageError
 
 if TYPE_CHECKING:
+    from halfbyte.converter.allocation.table import Table
     from halfbyte.converter.builder import Builder
     from halfbyte.converter.checkpoints.checkpoint import Checkpoint
     from halfbyte.formats.metadata import Value
@@ -29,6 +30,15 @@ def convert(
     context: int | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     method: str = "auto",
+    smooth: bool = False,
+    rotate: bool = False,
+    plan: str | os.PathLike[str] | None = None,
+    save_plan: str | os.PathLike[str] | None = None,
+    target_bits: float | None = None,
+    max_bytes: int | str | None = None,
+    max_kld: float | None = None,
+    heldout: str | os.PathLike[str] | None = None,
+    on_plan: Callable[[Table], None] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Convert a checkpoint and return the path of the file written.
@@ -40,10 +50,19 @@ def convert(
     see; method: see `converter.recipe.METHODS`. Without a calibration text gptq uses text that the model writes
     itself (small models) and a built-in mix. The file is written aside and renamed when complete.
 
+    smooth folds SmoothQuant's scales into the program, rotate Hadamard rotations of the residual stream, the heads
+    and, as an op, the inputs of the down projections; models that do not allow it are refused.
+
+    Instead of a recipe, one of: plan, a file that names the encoding of every matrix (`allocation.table`);
+    target_bits a weight; max_bytes of the file (a number, or a text such as "1.2G"); max_kld, the mean KL from the
+    float model in nats a token on the text heldout (default: part of the calibration text, then not calibrated on).
+    save_plan: where to write the plan that was used; on_plan is called with it.
+
     Raises CheckpointError, TokenizerError or UsageError, each in one line.
     """
-    from halfbyte.converter import models
-    from halfbyte.converter.assemble import assemble
+    from halfbyte.converter import allocate, models
+    from halfbyte.converter.allocation import table
+    from halfbyte.converter.assemble import assemble, length
     from halfbyte.converter.builder import Builder
     from halfbyte.converter.checkpoints import open_checkpoint
     from halfbyte.converter.plan import Plan
@@ -55,10 +74,15 @@ def convert(
     _check_out(out, Path(source), None if tokenizer is None else Path(tokenizer))
     if context is not None and not 1 <= context < 1 << 31:
         raise UsageError(f"context must be at least 1, not {context}")
+    goal = allocate.Goal(target_bits, allocate.parse_size(max_bytes), max_kld)
+    goal.check()
+    if (recipe is not None) + (plan is not None) + bool(goal) > 1:
+        raise UsageError("choose one: a recipe, a plan, or a goal such as --target-bits")
     with open_checkpoint(Path(source), None if tokenizer is None else Path(tokenizer)) as checkpoint:
         if recipe is None:
             floats = {"f32", "f16", "bf16", "f64"}
             recipe = "keep" if any(checkpoint.dtype(n) not in floats for n in checkpoint.names()) else "q4"
+        recipe_is = "plan" if plan is not None or goal else recipe
         # first of all, since the config of an unsupported type may lack everything else
         models.module_name(checkpoint.config.get("model_type"))
         b = Builder(checkpoint, recipe_named(recipe), context)
@@ -71,11 +95,13 @@ def convert(
             raise CheckpointError(f"config.json makes no sense for this model type: {why}") from error
         _check_context(b, context)
         _check_all_used(checkpoint, b)
+        if rotate:
+            _rotate(b)
         json, meta = _text(checkpoint, b.vocab)
         template = _unicode(checkpoint.chat_template or "", "the chat template")
         total = sum(t.shape[0] * t.shape[1] for t in b.tensors if len(t.shape) == 2)
         parameters = total + sum(t.shape[0] for t in b.tensors if len(t.shape) == 1)
-        meta |= _facts(checkpoint, b, Path(source), recipe, parameters)
+        meta |= _facts(checkpoint, b, Path(source), recipe_is, parameters)
         done = 0
 
         def report(name: str, weights: int) -> None:
@@ -85,12 +111,59 @@ def convert(
                 progress(name, done, total)
 
         method = check_method(method)
-        plan = Plan(
-            b, Weights(b), method, None if calibrate is None else Path(calibrate), json, template, meta
+        if plan is not None:
+            planned, storages = table.read(Path(plan), b)
+            method = planned if method == "auto" else method
+            table.store(b, storages)
+        elif recipe.endswith("+"):
+            table.lift_head(b)
+        how = Plan(
+            b,
+            Weights(b),
+            method,
+            None if calibrate is None else Path(calibrate),
+            json,
+            template,
+            meta,
+            smooth,
         )
-        meta["quantization.method"] = plan.method
-        assemble(b, out, meta, json, template, report, plan.weights, plan.quantizer(out.parent, progress))
+        how.prepare(out.parent, progress)
+        meta["quantization.method"] = how.method
+
+        def write(path: Path, report: Callable[[str, int], None]) -> None:
+            assemble(b, path, meta, json, template, report, how.weights, how.quantizer(out.parent, progress))
+
+        if goal:
+            held_out = (
+                how.hold_out(out.parent, None if heldout is None else Path(heldout))
+                if max_kld is not None
+                else []
+            )
+            used = allocate.choose(
+                b, goal, how.method, how.sequences(out.parent), how.weights, meta, out.parent,
+                held_out=held_out,
+                length=lambda: length(b, meta, json, template),
+                convert=lambda path: write(path, lambda name, weights: None),
+                progress=progress,
+            )  # fmt: skip
+        else:
+            used = table.Table.of(b, how.method, {})
+        if save_plan is not None:
+            used.save(Path(save_plan))
+        if on_plan:
+            on_plan(used)
+        write(out, report)
     return out
+
+
+def _rotate(b: Builder) -> None:
+    from halfbyte.converter.fold import Fold
+    from halfbyte.converter.quantizers import rotation
+
+    fold = Fold(b)
+    rotation.residual(fold)
+    rotation.heads(fold)
+    rotation.online(fold)
 
 
 def _check_out(out: Path, source: Path, tokenizer: Path | None) -> None:

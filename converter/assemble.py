@@ -6,6 +6,7 @@ Memory stays bounded by a few blocks, whatever the size of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from halfbyte.converter.builder import Builder, Matrix, Vector
 from halfbyte.converter.checkpoints.checkpoint import Packed
+from halfbyte.converter.recipe import Storage
 from halfbyte.converter.weights import Weights, check_finite
 from halfbyte.formats import encodings, tiles
 from halfbyte.formats.errors import CheckpointError
@@ -43,23 +45,7 @@ def assemble(
     Raises CheckpointError for weights that are not finite, HalfbyteError when the disk is full; in
     either case nothing remains under `path`.
     """
-    records, slots, caches = b.finish()
-    specs = [
-        TensorSpec(t.name, "u32" if t.values.dtype == np.uint32 else "f32", t.shape)
-        if isinstance(t, Vector)
-        else TensorSpec(t.name, t.storage.encoding, t.shape, t.storage.group, t.storage.scale_type)
-        for t in b.tensors
-    ]
-    with Writer(
-        path,
-        meta=meta,
-        slots=slots,
-        caches=caches,
-        program=records,
-        tensors=specs,
-        tokenizer=tokenizer,
-        template=template,
-    ) as writer:
+    with _writer(b, path, meta, tokenizer, template) as writer:
         for i, t in enumerate(b.tensors):
             if isinstance(t, Vector):
                 writer.write(i, "values", 0, t.values)
@@ -79,6 +65,43 @@ def assemble(
         for i, t in enumerate(b.tensors):
             if isinstance(t, Matrix) and i not in done:
                 encode(t, weights, partial(write_and_report, i))
+
+
+def assemble_float(
+    b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, weights: Weights, encoding: str = "f32"
+) -> None:
+    """Write the same program with every matrix as floats."""
+    tensors, storage = b.tensors, Storage(encoding)
+    b.tensors = [replace(t, storage=storage) if isinstance(t, Matrix) else t for t in tensors]
+    try:
+        assemble(b, path, meta, tokenizer, "", lambda name, count: None, weights)
+    finally:
+        b.tensors = tensors
+
+
+def _writer(b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, template: str) -> Writer:
+    records, slots, caches = b.finish()
+    specs = [
+        TensorSpec(t.name, "u32" if t.values.dtype == np.uint32 else "f32", t.shape)
+        if isinstance(t, Vector)
+        else TensorSpec(t.name, t.storage.encoding, t.shape, t.storage.group, t.storage.scale_type)
+        for t in b.tensors
+    ]
+    return Writer(
+        path,
+        meta=meta,
+        slots=slots,
+        caches=caches,
+        program=records,
+        tensors=specs,
+        tokenizer=tokenizer,
+        template=template,
+    )
+
+
+def length(b: Builder, meta: dict[str, Value], tokenizer: bytes, template: str) -> int:
+    """Bytes of the file that `assemble` would write."""
+    return _writer(b, Path("unwritten"), meta, tokenizer, template).length
 
 
 def encode(

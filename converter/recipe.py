@@ -2,7 +2,7 @@
 
 `keep` stores codes that arrived quantised as they are and floats in their own type; the others name
 the encoding of every matrix, except that integer codes already at most as wide are kept rather than
-rounded a second time.
+rounded a second time. With a + the output matrix gets more (`head`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,23 @@ RECIPES = {
     "q8": "int8, groups of 32: 8.5 bits",
     "q6": "6-bit levels, groups of 32: 6.25 bits",
     "q5": "5-bit non-linear levels, groups of 32: 5.25 bits",
+    "q4+": "q4, and at least 6 bits for the matrix that makes the logits",
     "q4": "4-bit non-linear levels, groups of 32: 4.25 bits",
+    "q3+": "q3, likewise",
     "q3": "3-bit non-linear levels, groups of 32: 3.25 bits",
     "q2": "2-bit non-linear levels, groups of 32: 2.25 bits",
     "keep": "codes and floats as they arrived",
 }
 
+# Nothing after the matrix that makes the logits can make up for its errors, and as a tied embedding it is where most
+# of the error comes from (benchmarks/LOG.md). llama.cpp's types give it Q6_K.
+HEAD = "q6"
+
 METHODS = {
     "auto": "gptq for a model that brings a tokenizer, else rtn",
     "rtn": "round to nearest with searched scales; weighted by the inputs with a calibration text",
+    "awq": "columns of large inputs scaled up, groups clipped, then rounded to nearest",
+    "autoround": "rounding learned by SignSGD on the error of each matrix's outputs",
     "gptq": "errors fed forward and made up for, on a calibration text or text of the model's own",
 }
 
@@ -62,11 +70,18 @@ class Recipe:
         return kept if narrow and parameters_are_valid(source, group, scale_type) else Storage(self.name)
 
 
+def head(storage: Storage) -> Storage:
+    """The storage of the output matrix under a recipe with + that gives other matrices `storage`."""
+    e = BY_NAME[storage.encoding]
+    lifts = e.row_scale and e.bits < BY_NAME[HEAD].bits
+    return Storage(HEAD) if lifts and not storage.packed else storage
+
+
 def recipe(name: str) -> Recipe:
     """The recipe of that name. Raises UsageError for an unknown one."""
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
-    return Recipe(name)
+    return Recipe(name.removesuffix("+"))
 
 
 def check_method(name: str) -> str:

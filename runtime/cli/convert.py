@@ -6,10 +6,11 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.cli.arguments import add_json, whole
-from halfbyte.runtime.cli.terminal import Progress, print_json, printable, size
+from halfbyte.runtime.cli.arguments import add_json, number, whole
+from halfbyte.runtime.cli.terminal import Progress, print_json, print_table, printable, size
 
 HELP = "convert a checkpoint to a .hb file"
 
@@ -21,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="q4, q8, f16, bf16, f32 or keep (default: q4, or keep for codes that arrive quantised)",
+        help="q2 to q6, q8, q4+ (the head in q6), f16, bf16, f32 or keep (default: q4; keep for codes that arrive"
+        " quantised)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer instead of the source's own")
     parser.add_argument(
@@ -37,8 +39,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="auto",
         metavar="NAME",
-        help="rtn (seconds; no text needed) or gptq (closest to the float model); default: gptq if the model has a"
-        " tokenizer",
+        help="rtn (seconds; no text needed), awq, autoround or gptq (closest to the float model); default: gptq if the"
+        " model has a tokenizer",
+    )
+    parser.add_argument(
+        "--smooth", action="store_true", help="even out large activations first (SmoothQuant)"
+    )
+    parser.add_argument(
+        "--rotate", action="store_true", help="spread large activations by Hadamard rotations first"
+    )
+    goal = parser.add_argument_group("which encoding each matrix gets, instead of a recipe")
+    goal.add_argument(
+        "--plan", metavar="FILE", help="as this file says: a plan that was saved, and perhaps edited"
+    )
+    goal.add_argument(
+        "--target-bits", type=number, metavar="B", help="closest to the float model at B bits per weight"
+    )
+    goal.add_argument(
+        "--max-bytes", metavar="SIZE", help="closest in a file of at most SIZE: 800M, 1.2G, bytes"
+    )
+    goal.add_argument(
+        "--max-kld",
+        type=number,
+        metavar="X",
+        help="smallest with a mean KL from the float model of at most X nats",
+    )
+    goal.add_argument(
+        "--heldout",
+        metavar="FILE",
+        help="text that --max-kld measures on (default: part of the calibration text)",
+    )
+    parser.add_argument(
+        "--save-plan", metavar="FILE", help="write the plan that was used, to edit and give back"
     )
     add_json(parser)
 
@@ -51,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     out = Path(args.out) if args.out is not None else default_out(args.source)
+    plans: list[Any] = []
     with Progress("converting") as progress:
         halfbyte.convert(
             args.source,
@@ -60,6 +93,15 @@ def run(args: argparse.Namespace) -> int:
             context=args.context,
             calibrate=args.calibrate,
             method=args.method,
+            smooth=args.smooth,
+            rotate=args.rotate,
+            plan=args.plan,
+            save_plan=args.save_plan,
+            target_bits=args.target_bits,
+            max_bytes=args.max_bytes,
+            max_kld=args.max_kld,
+            heldout=args.heldout,
+            on_plan=plans.append,
             progress=progress,
         )
     seconds = time.perf_counter() - start
@@ -76,9 +118,12 @@ def run(args: argparse.Namespace) -> int:
                 "seconds": seconds,
                 "tokenizer": "TOKN" in file.sections,
                 "digest": facts["digest"],
+                "plan": {row[0]: row[2] for row in plans[0].rows()},
             }
         )
     else:
+        if file.metadata.get("general.recipe") == "plan":
+            print_plan(plans[0])
         print(
             f"{printable(out)}: {size(facts['file_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight,"
             f" {seconds:.1f} s"
@@ -86,6 +131,27 @@ def run(args: argparse.Namespace) -> int:
     if "TOKN" not in file.sections:
         print("no tokenizer was found: the model takes token ids only (see --tokenizer)", file=sys.stderr)
     return 0
+
+
+def print_plan(plan: Any) -> None:
+    """The table of a plan: columns of plain text in a pipe, drawn on a terminal."""
+    header, right = plan.HEADER, " r rrrr"
+    rows = [row if any(row[4:]) else row[:4] for row in plan.rows()]
+    header = header[: max(map(len, rows))]
+    rows = [(*row, *[""] * (len(header) - len(row))) for row in rows]
+    if not sys.stdout.isatty():
+        print_table(rows, header, right)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    drawn = Table()
+    for name, side in zip(header, right):
+        drawn.add_column(name, justify="right" if side == "r" else "left")
+    for row in rows:
+        drawn.add_row(*map(escape, map(printable, row)))
+    Console().print(drawn)
 
 
 def default_out(source: str) -> Path:

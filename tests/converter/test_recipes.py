@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from programs import code_matrix
+from small_model import write_checkpoint
 from tiny import load_case
 
 import halfbyte
@@ -14,7 +15,7 @@ from halfbyte.converter.assemble import assemble
 from halfbyte.converter.builder import Builder
 from halfbyte.converter.checkpoints.checkpoint import Checkpoint, Packed
 from halfbyte.converter.quantizers import rtn
-from halfbyte.converter.recipe import RECIPES, recipe
+from halfbyte.converter.recipe import HEAD, RECIPES, Storage, head, recipe
 from halfbyte.formats import encodings, tiles
 from halfbyte.formats.container import File
 from halfbyte.formats.encodings import MATRIX_ENCODINGS, parameters_are_valid
@@ -36,9 +37,10 @@ def test_searched_recipes(name: str, tmp_path: Path) -> None:
     codes, sub, row = rtn.quantize_table(case.weights()["model.embed_tokens.weight"], name)
     for plane, want in (("codes", codes), ("scales", sub), ("row", row)):
         np.testing.assert_array_equal(file.codes(stored)[plane], want)
-    assert {t.encoding for t in file.tensors if t.tile == tiles.P16} == {name}
+    found = {t.name: t.encoding for t in file.tensors if t.tile == tiles.P16}
+    assert set(found.values()) == {name}
     facts = weight_facts(file)["encodings"][name]
-    matrices = [t for t in file.tensors if t.tile == tiles.P16]
+    matrices = [t for t in file.tensors if t.encoding == name]
     assert facts["bytes"] == sum(t.nbytes for t in matrices)
     assert encodings.BY_NAME[name].bits < facts["bits_per_weight"] < 2 * encodings.BY_NAME[name].bits
     logits = halfbyte.load(file.path, backend="reference").session().feed_all(case.ids[:8])
@@ -52,7 +54,8 @@ def test_better_recipes_are_closer(tmp_path: Path) -> None:
     exact = File(halfbyte.convert(tmp_path / "c", tmp_path / "f32.hb", recipe="f32"))
     before = None
     for name in (*sorted(FAMILY), "q8"):
-        file = File(halfbyte.convert(tmp_path / "c", tmp_path / f"{name}.hb", recipe=name))
+        (tmp_path / "plan").write_text(f'[encodings]\n"*" = "{name}"\n')
+        file = File(halfbyte.convert(tmp_path / "c", tmp_path / f"{name}.hb", plan=tmp_path / "plan"))
         errors = [
             float(np.sum((exact.dequantize(a) - file.dequantize(b)) ** 2))
             for a, b in zip(exact.tensors, file.tensors)
@@ -60,6 +63,19 @@ def test_better_recipes_are_closer(tmp_path: Path) -> None:
         ]
         assert before is None or all(now < then / 2 for now, then in zip(errors, before))
         before = errors
+
+
+def test_a_plus_gives_the_head_six_bits(tmp_path: Path) -> None:
+    """Tied or not; wider, float and packed storages stay as they are. The plain recipe lifts nothing."""
+    for name, want in (("q2", HEAD), ("q5", HEAD), ("q6", "q6"), ("q8", "q8"), ("f16", "f16")):
+        assert head(Storage(name)).encoding == want
+    assert head(packed := Storage("i4", 32, "f16", packed=True)) == packed
+    for tied in (False, True):
+        folder = write_checkpoint(tmp_path / str(tied), config={"tie_word_embeddings": tied}, tokenizer=False)
+        file = File(halfbyte.convert(folder, tmp_path / "m.hb", recipe="q4+"))
+        assert file.metadata["general.recipe"] == "q4+"
+        lifted = [t.name for t in file.tensors if t.encoding == HEAD]
+        assert lifted == ["embed" if tied else "lm_head"]
 
 
 class Held(Checkpoint):

@@ -72,6 +72,7 @@ def test_convert_json(folder, tmp_path, capsys):
     out = json.loads(quiet(capsys, "convert", folder, "-o", tmp_path / "m.hb", "--json"))
     assert out.keys() == {
         "file", "recipe", "method", "file_bytes", "bits_per_weight", "seconds", "digest", "tokenizer",
+        "plan",
     }  # fmt: skip
     assert out["recipe"] == "q4" and out["file_bytes"] == (tmp_path / "m.hb").stat().st_size
     assert out["digest"] == File(tmp_path / "m.hb").digest.hex()
