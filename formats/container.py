@@ -32,21 +32,34 @@ from .encodings import (
 from .errors import FormatError
 
 MAGIC = b"\x89hb\r\n\x1a\n\0"  # as PNG's: finds text-mode mangling and 7-bit transfers
-VERSION = (1, 1)
+VERSION = (1, 2)
 SECTION_ALIGNMENT = 64
 DATA_ALIGNMENT = 1 << 14  # a page on every machine, so that DATA can be mapped alone
 MUST_UNDERSTAND = 1
 
-# kind: (required, meaning). The order is the order in the file.
-SECTIONS: dict[str, tuple[bool, str]] = {
-    "META": (True, "typed metadata"),
-    "TOKN": (False, "tokenizer, as the JSON of the `tokenizers` library"),
-    "TMPL": (False, "chat template, Jinja in UTF-8"),
-    "SLOT": (True, "activation slots"),
-    "KVCA": (True, "key/value caches"),
-    "PROG": (True, "program records"),
-    "TENS": (True, "tensor table and names"),
-    "DATA": (True, "tensor bytes"),
+
+@dataclass(frozen=True)
+class SectionKind:
+    """What a section is. An annotation lies after DATA with bit 0 clear: a reader may skip it (SPEC.md section 13)."""
+
+    required: bool
+    meaning: str
+    minor: int = 0
+    annotation: bool = False
+
+
+# The order is the order in the file.
+SECTIONS = {
+    "META": SectionKind(True, "typed metadata"),
+    "TOKN": SectionKind(False, "tokenizer, as the JSON of the `tokenizers` library"),
+    "TMPL": SectionKind(False, "chat template, Jinja in UTF-8"),
+    "SLOT": SectionKind(True, "activation slots"),
+    "KVCA": SectionKind(True, "key/value caches"),
+    "PROG": SectionKind(True, "program records"),
+    "TENS": SectionKind(True, "tensor table and names"),
+    "DATA": SectionKind(True, "tensor bytes"),
+    "PROF": SectionKind(False, "proof: how close the file is to its float model", 2, True),
+    "KVMD": SectionKind(False, "how close each mode of the key/value caches is", 2, True),
 }
 
 HEADER_DTYPE = np.dtype(
@@ -103,6 +116,33 @@ def tensor_bytes(encoding: str, tile: int, shape: tuple[int, ...], group: int, s
     if tile == tiles.P16:
         return tiles.nbytes(encoding, shape[0], shape[1], group, scale_type)
     return shape[0] * stored_dtype(encoding).itemsize
+
+
+def unpack(encoding: str, planes: dict[str, np.ndarray], rows: int, cols: int) -> dict[str, np.ndarray]:
+    """Logical arrays of `rows` rows of a code matrix from its flat planes, which hold whole panels.
+
+    codes is [rows, cols]; as stored, scales, mins and zeros are [rows, groups], super and supermin
+    [rows, ceil(cols / 256)], row [rows].
+    """
+    e = BY_NAME[encoding]
+    out = {"codes": tiles.unpack_code_planes(planes, e.bits, rows, cols, e.signed)}
+    for name, a in planes.items():
+        if name in ("codes", "high"):
+            continue
+        if name == "row":
+            out[name] = tiles.unpack_groups(a, rows, 1)[:, 0]
+        else:
+            out[name] = tiles.unpack_groups(a, rows, len(a) // tiles.align(rows, tiles.PANEL))
+    return out
+
+
+def dequantize(
+    encoding: str, planes: dict[str, np.ndarray], rows: int, cols: int, group: int, scale_type: str
+) -> np.ndarray:
+    """float32[rows, cols] from flat planes of whole panels."""
+    if BY_NAME[encoding].is_float:
+        return bits_to_float(tiles.unpack_groups(planes["values"], rows, cols), encoding)
+    return weights(*decode(encoding, unpack(encoding, planes, rows, cols), group, scale_type), group)
 
 
 def sha256(*parts: bytes | memoryview) -> bytes:
@@ -175,7 +215,7 @@ class File:
             end = self._read_section(s, end)
         if end != len(self.bytes):
             raise _bad("bytes after the last section")
-        missing = [k for k, (required, _) in SECTIONS.items() if required and k not in self.sections]
+        missing = [k for k, s in SECTIONS.items() if s.required and k not in self.sections]
         if missing:
             raise _bad(f"section {missing[0]} is missing")
         try:
@@ -361,29 +401,20 @@ class File:
         return program.explain(self.program, self.slots, self.caches, self.program_shapes)
 
     def codes(self, tensor: Tensor) -> dict[str, np.ndarray]:
-        """Codes [rows, cols] and, as stored, the planes of scales of a code matrix, by the plane's name.
+        """Codes and planes of scales of a code matrix, by the plane's name; see `unpack`."""
+        return unpack(tensor.encoding, self.plane_arrays(tensor), *tensor.shape)
 
-        scales, mins, zeros are [rows, groups]; super, supermin [rows, ceil(cols / 256)]; row [rows].
-        """
-        rows, cols = tensor.shape
-        e = BY_NAME[tensor.encoding]
-        planes = self.plane_arrays(tensor)
-        out = {"codes": tiles.unpack_code_planes(planes, e.bits, rows, cols, e.signed)}
-        for name, a in planes.items():
-            if name in ("codes", "high"):
-                continue
-            if name == "row":
-                out[name] = tiles.unpack_groups(a, rows, 1)[:, 0]
-            else:
-                out[name] = tiles.unpack_groups(a, rows, len(a) // tiles.align(rows, tiles.PANEL))
-        return out
-
-    def dequantize(self, tensor: Tensor) -> np.ndarray:
-        """Any tensor as float32 in its logical shape."""
+    def dequantize(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Any tensor as float32 in its logical shape; of a matrix rows start..stop, start being a multiple of 16."""
         if tensor.tile == tiles.ROWS:
             return bits_to_float(self.vector(tensor), tensor.encoding)
-        if BY_NAME[tensor.encoding].is_float:
-            values = self.plane_arrays(tensor)["values"]
-            return bits_to_float(tiles.unpack_groups(values, *tensor.shape), tensor.encoding)
-        parts = decode(tensor.encoding, self.codes(tensor), tensor.group, tensor.scale_type)
-        return weights(*parts, tensor.group)
+        rows, cols = tensor.shape
+        rows = (rows if stop is None else min(stop, rows)) - start
+        assert start % tiles.PANEL == 0 and rows >= 0
+        first, last = start // tiles.PANEL, -(-(start + rows) // tiles.PANEL)
+        raw = self.raw(tensor)
+        planes = {
+            p.name: raw[p.offset + first * p.panel_bytes : p.offset + last * p.panel_bytes].view(p.dtype)
+            for p in tensor.planes
+        }
+        return dequantize(tensor.encoding, planes, rows, cols, tensor.group, tensor.scale_type)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import container, encodings, metadata, ops, program, tiles
+from . import annotation, container, encodings, metadata, ops, program, tiles
 
 PATH = Path(__file__).resolve().parent / "SPEC.md"
 _BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -153,18 +153,25 @@ def tables() -> dict[str, str]:
         ("columns of one slot", program.MAX_WIDTH),
         ("columns of all base slots together", program.MAX_COLUMNS),
         ("caches", program.MAX_CACHES),
+        ("bytes of an annotation", annotation.MAX_BYTES),
         ("kv_heads, k_dim, v_dim, head_dim", program.MAX_HEAD_DIM),
     ]
     kinds = [
-        (kind, "required" if required else "optional", meaning)
-        for kind, (required, meaning) in container.SECTIONS.items()
+        (
+            kind,
+            "required" if s.required else "optional",
+            "" if s.annotation else "set",
+            _since(s.minor),
+            s.meaning,
+        )
+        for kind, s in container.SECTIONS.items()
     ]
     keys = [(k, t, "required" if r else "optional", m) for k, (t, r, m) in metadata.KEYS.items()]
     functions = [(n, k, "p" if k in ops.PARAMETRIC else "") for k, n in ops.FUNCTIONS.items()]
     return {
         "header": _layout("header", container.HEADER_DTYPE),
         "section_record": _layout("section_record", container.SECTION_DTYPE),
-        "sections": _table(("kind", "presence", "content"), kinds),
+        "sections": _table(("kind", "presence", "bit 0", "since", "content"), kinds),
         "metadata_types": _table(("number", "type"), [(v, k) for k, v in metadata.TYPES.items()]),
         "tensor_record": _layout("tensor_record", container.TENSOR_DTYPE),
         "encodings": _encodings(),

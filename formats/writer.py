@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import numpy as np
 from . import container, metadata, ops, tiles
 from .encodings import BY_NAME, K256, SCALE_TYPES, parameters_are_valid
 from .errors import HalfbyteError, UsageError
+
+READ = 1 << 22  # bytes of a tensor read at once
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,45 @@ class TensorSpec:
         return max(BY_NAME[self.encoding].minor, 1 if self.scale_type == K256 else 0)
 
 
+def lowest_minor(used: Iterable[ops.Op], tensors: Iterable[TensorSpec], kinds: Iterable[str]) -> int:
+    """The lowest minor version of the format that has these ops, tensors and kinds of sections (unknown ones: 0)."""
+    sections = (container.SECTIONS[k].minor for k in kinds if k in container.SECTIONS)
+    return max([*(op.minor for op in used), *(t.minor for t in tensors), *sections], default=0)
+
+
+def layout(lengths: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Kind -> offset of sections of these lengths, in this order, after the section table."""
+    lengths = list(lengths)
+    end, out = 64 + 64 * len(lengths), {}
+    for kind, n in lengths:
+        to = container.DATA_ALIGNMENT if kind == "DATA" else container.SECTION_ALIGNMENT
+        out[kind] = tiles.align(end, to)
+        end = out[kind] + n
+    return out
+
+
+def head(minor: int, length: int, sections: Sequence[tuple[str, int, int, int, bytes]]) -> bytes:
+    """Header and section table of a file of `length` bytes, of (kind, flags, offset, length, digest) of sections."""
+    table = np.zeros(len(sections), container.SECTION_DTYPE)
+    for row, (kind, flags, offset, nbytes, digest) in zip(table, sections):
+        row["kind"], row["flags"], row["offset"], row["length"] = kind, flags, offset, nbytes
+        row["digest"] = np.void(digest)
+    header = np.zeros(1, container.HEADER_DTYPE)
+    header["magic"], header["length"], header["sections"] = container.MAGIC, length, len(table)
+    header["major"], header["minor"] = container.VERSION[0], minor
+    header["digest"] = np.void(container.sha256(header.tobytes()[:32], table.tobytes()))
+    return header.tobytes() + table.tobytes()
+
+
 class Writer:
     """Context manager: on a clean exit the file appears under `path`; otherwise nothing remains.
 
     The file states the lowest minor version that has everything it uses. Raises HalfbyteError when the disk
     is full or the folder is not writable, UsageError for a tensor that no file can hold.
+
+    partial: a path on the same disk to write to until the file is complete. It is continued if it exists and stays
+    after a failure: what becomes of it is then the caller's business. annotations: sections to follow DATA, see
+    `annotate`.
     """
 
     def __init__(
@@ -73,9 +109,12 @@ class Writer:
         tensors: Sequence[TensorSpec],
         tokenizer: bytes = b"",
         template: str = "",
+        annotations: Sequence[str] = (),
+        partial: Path | None = None,
     ):
         self.path = Path(path)
-        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self.partial = partial or self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._kept = partial is not None
         self.tensors = [t.resolved() for t in tensors]
         self._blobs = {
             "META": metadata.encode(meta),
@@ -85,39 +124,42 @@ class Writer:
             "KVCA": caches.tobytes(),
             "PROG": program.tobytes(),
         }
-        used = [ops.BY_CODE[int(code)].minor for code in program["code"]]
-        self.minor = max([*used, *(t.minor for t in self.tensors)], default=0)
         for kind in ("TOKN", "TMPL"):
             if not self._blobs[kind]:
                 del self._blobs[kind]
-        self._fd = -1
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        """Offsets of everything; only digests are still unknown."""
         self._names = b"".join(t.name.encode() for t in self.tensors)
         self._blobs["TENS"] = bytes(
             container.TABLE_HEAD + len(self.tensors) * container.TENSOR_DTYPE.itemsize + len(self._names)
         )
-        end = 64 + 64 * (len(self._blobs) + 1)
-        self._offsets: dict[str, int] = {}
-        for kind, blob in self._blobs.items():
-            self._offsets[kind] = end = tiles.align(end, container.SECTION_ALIGNMENT)
-            end += len(blob)
-        self._data = tiles.align(end, container.DATA_ALIGNMENT)
+        self._annotations = {k: b"" for k in container.SECTIONS if k in annotations}
+        kinds = [*self._blobs, "DATA", *self._annotations]
+        self.minor = lowest_minor((ops.BY_CODE[int(c)] for c in program["code"]), self.tensors, kinds)
+        self._fd = -1
+        self._digests: dict[int, bytes] = {}  # of tensors that were not written to since
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Offsets of everything; only digests and annotations are still unknown."""
         at = 0
-        self.placed: list[tuple[int, int]] = []  # (offset in the file, bytes) of every tensor
+        places = []
         for t in self.tensors:
             at = tiles.align(at)
             n = container.tensor_bytes(t.encoding, t.tile, t.shape, t.group, t.scale_type)
-            self.placed.append((self._data + at, n))
+            places.append((at, n))
             at += n
         self._data_length = at
-        self.length = self._data + at
+        lengths = {k: len(b) for k, b in self._blobs.items()} | {"DATA": at}
+        self._offsets = layout([*lengths.items(), *((k, 0) for k in self._annotations)])
+        self._data = self._offsets["DATA"]
+        self.placed = [
+            (self._data + start, n) for start, n in places
+        ]  # (offset in the file, bytes) of tensors
+        self.length = self._data + at  # without annotations
 
     def __enter__(self) -> Writer:
         try:
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            fresh = 0 if self._kept else os.O_TRUNC
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | fresh, 0o644)
             os.truncate(self._fd, self.length)
             if hasattr(os, "posix_fallocate") and self.length:  # a full disk is found now, not at 99 %
                 os.posix_fallocate(self._fd, 0, self.length)
@@ -147,14 +189,16 @@ class Writer:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
-        with contextlib.suppress(OSError):
-            self.partial.unlink()
+        if not self._kept:
+            with contextlib.suppress(OSError):
+                self.partial.unlink()
 
     def write(self, index: int, plane: str, panel: int, data: np.ndarray) -> None:
         """Store `data` (already packed, whole panels) of a plane, from panel `panel` on.
 
         Vectors have the one plane 'values' and `panel` 0.
         """
+        self._digests.pop(index, None)
         t = self.tensors[index]
         start, nbytes = self.placed[index]
         if t.tile == tiles.P16:
@@ -177,19 +221,56 @@ class Writer:
         except OSError as error:
             raise HalfbyteError(f"{self.path}: cannot write: {error.strerror}") from None
 
-    def _digest(self, offset: int, nbytes: int) -> bytes:
-        h = hashlib.sha256()
-        while nbytes:
-            chunk = os.pread(self._fd, min(nbytes, 1 << 22), offset)
-            h.update(chunk)
-            offset, nbytes = offset + len(chunk), nbytes - len(chunk)
-        return h.digest()
+    def rows(self, index: int, start: int, stop: int) -> np.ndarray:
+        """float32[stop - start, cols]: rows of a matrix as they are stored so far; `start` is a multiple of 16."""
+        t, (at, _) = self.tensors[index], self.placed[index]
+        first, last = start // tiles.PANEL, -(-stop // tiles.PANEL)
+        rows, cols = t.shape
+        planes = {}
+        for p in tiles.planes(t.encoding, rows, cols, t.group, t.scale_type):
+            data = self._pread(at + p.offset + first * p.panel_bytes, (last - first) * p.panel_bytes)
+            planes[p.name] = np.frombuffer(data, p.dtype)
+        return container.dequantize(t.encoding, planes, stop - start, cols, t.group, t.scale_type)
 
-    def _finish(self) -> None:
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of a tensor's bytes as they are stored so far."""
+        if index not in self._digests:
+            h = hashlib.sha256()
+            offset, nbytes = self.placed[index]
+            for start in range(offset, offset + nbytes, READ):
+                h.update(self._pread(start, min(READ, offset + nbytes - start)))
+            self._digests[index] = h.digest()
+        return self._digests[index]
+
+    def _pread(self, offset: int, nbytes: int) -> bytes:
+        parts = []
+        try:
+            while nbytes:
+                data = os.pread(self._fd, nbytes, offset)
+                if not data:
+                    raise HalfbyteError(f"{self.partial}: cannot read: it was cut off by someone else")
+                parts.append(data)
+                offset, nbytes = offset + len(data), nbytes - len(data)
+        except OSError as error:
+            raise HalfbyteError(f"{self.partial}: cannot read: {error.strerror}") from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def annotate(self, kind: str, data: bytes) -> None:
+        """Set one of the sections that were announced as `annotations`; until then it is empty."""
+        assert kind in self._annotations
+        self._annotations[kind] = data
+
+    def seal(self) -> None:
+        """Make `partial` a valid file of what was written so far; more may follow."""
+        try:
+            self._seal()
+        except OSError as failure:
+            raise HalfbyteError(f"{self.path}: cannot write: {failure.strerror}") from None
+
+    def _seal(self) -> None:
         records = np.zeros(len(self.tensors), container.TENSOR_DTYPE)
         at = 0
-        digests = []
-        for r, t, (offset, nbytes) in zip(records, self.tensors, self.placed):
+        for i, (r, t, (offset, nbytes)) in enumerate(zip(records, self.tensors, self.placed)):
             r["name_offset"], r["name_length"] = at, len(t.name.encode())
             at += len(t.name.encode())
             r["encoding"], r["tile"], r["rank"] = BY_NAME[t.encoding].code, t.tile, len(t.shape)
@@ -197,24 +278,27 @@ class Writer:
             r["group"] = t.group
             r["scale_type"] = SCALE_TYPES[t.scale_type]
             r["offset"], r["length"] = offset - self._data, nbytes
-            digests.append(self._digest(offset, nbytes))
-            r["digest"] = np.void(digests[-1])
-        head = np.zeros(container.TABLE_HEAD // 4, "<u4")
-        head[:2] = len(self.tensors), len(self._names)
-        self._blobs["TENS"] = head.tobytes() + records.tobytes() + self._names
-        table = np.zeros(len(self._blobs) + 1, container.SECTION_DTYPE)
-        for s, (kind, blob) in zip(table, self._blobs.items()):
-            s["kind"], s["flags"], s["offset"], s["length"] = kind, 1, self._offsets[kind], len(blob)
-            s["digest"] = np.void(container.sha256(blob))
-            self._pwrite(blob, self._offsets[kind])
-        table[-1]["kind"], table[-1]["flags"] = "DATA", container.MUST_UNDERSTAND
-        table[-1]["offset"], table[-1]["length"] = self._data, self._data_length
-        table[-1]["digest"] = np.void(container.sha256(*digests))
-        header = np.zeros(1, container.HEADER_DTYPE)
-        header["magic"], header["length"], header["sections"] = container.MAGIC, self.length, len(table)
-        header["major"], header["minor"] = container.VERSION[0], self.minor
-        header["digest"] = np.void(container.sha256(header.tobytes()[:32], table.tobytes()))
-        self._pwrite(header.tobytes() + table.tobytes(), 0)
+            r["digest"] = np.void(self.digest(i))
+        counts = np.zeros(container.TABLE_HEAD // 4, "<u4")
+        counts[:2] = len(self.tensors), len(self._names)
+        self._blobs["TENS"] = counts.tobytes() + records.tobytes() + self._names
+        digests = [self.digest(i) for i in range(len(self.tensors))]
+        data = (self._data_length, container.sha256(*digests))
+        sections = {k: (len(b), container.sha256(b)) for k, b in self._blobs.items()} | {"DATA": data}
+        sections |= {k: (len(b), container.sha256(b)) for k, b in self._annotations.items()}
+        offsets = layout((k, n) for k, (n, _) in sections.items())
+        length = max(offsets[k] + n for k, (n, _) in sections.items())
+        os.ftruncate(self._fd, length)
+        for kind, blob in [*self._blobs.items(), *self._annotations.items()]:
+            self._pwrite(blob, offsets[kind])
+        rows = [
+            (k, int(not container.SECTIONS[k].annotation), offsets[k], n, digest)
+            for k, (n, digest) in sections.items()
+        ]
+        self._pwrite(head(self.minor, length, rows), 0)
+
+    def _finish(self) -> None:
+        self._seal()
         os.fsync(self._fd)
         fd, self._fd = self._fd, -1
         os.close(fd)

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define HB_FORMAT_MAJOR 1
-#define HB_FORMAT_MINOR 1
+#define HB_FORMAT_MINOR 2
 #define HB_NONE 0xffffffffu
 #define HB_PANEL 16
 #define HB_COLUMN_PAD 32

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from halfbyte.formats import program
+from halfbyte.formats.annotation import encode, rewrite_section
 from halfbyte.formats.container import VERSION, File
 from halfbyte.formats.encodings import BY_NAME, K256, MATRIX_ENCODINGS
 from halfbyte.formats.ops import FUNCTIONS
@@ -36,6 +37,7 @@ CHOICES = {
     "f8e5m2": (32, "f16"),
 }  # fmt: skip
 TWO_LEVEL = {"i3": 16, "i6": 16, "n4": 32, "a2": 16, "a4": 32}  # encodings of ggml's K-quants -> group
+ANNOTATIONS = {"PROF": {"b": [1, 2.5, None], "a": "\u00bd"}, "KVMD": {"modes": {}}}
 PROMPT = ([1, 5, 2, 15, 0], [0, 1, 2, 3, 4])
 
 
@@ -148,6 +150,12 @@ def main() -> None:
     for seed, (name, two_level) in enumerate(new):
         path = GOLDEN / f"{version}-{name}{'.k256' if two_level else ''}.hb"
         build(name, seed, two_level).write(path, META, b'{"model":"golden"}', "{{ messages }}")
+        record[path.name] = describe(path)
+    if VERSION == (1, 2):
+        path = GOLDEN / f"{version}-annotations.hb"
+        build("q4", 0).write(path, META, b'{"model":"golden"}', "{{ messages }}")
+        for kind, value in ANNOTATIONS.items():
+            rewrite_section(path, kind, encode(value))
         record[path.name] = describe(path)
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_golden import GOLDEN, RECORD, build, describe
+from make_golden import ANNOTATIONS, GOLDEN, RECORD, build, describe
 from parts import Parts, Section
 
-from halfbyte.formats import container, metadata
+from halfbyte.formats import annotation, container, metadata
 from halfbyte.formats.container import File
 from halfbyte.formats.encodings import MATRIX_ENCODINGS, SCALE_TYPES
 from halfbyte.formats.errors import FormatError
@@ -55,6 +55,14 @@ def test_golden_program_uses_every_op() -> None:
     file = File(GOLDEN / "1.0-q4.hb")
     assert file.metadata["golden.bytes"] == b"\x00\x01\xff"
     assert file.section("TOKN") == b'{"model":"golden"}' and file.section("TMPL") == b"{{ messages }}"
+
+
+def test_golden_annotations() -> None:
+    """Both are read, and the file says that it needs the version that brought them."""
+    file = File(GOLDEN / "1.2-annotations.hb")
+    file.verify()
+    assert file.version == (1, 2) and list(file.sections)[-3:] == ["DATA", "PROF", "KVMD"]
+    assert {kind: annotation.read(file, kind) for kind in ANNOTATIONS} == ANNOTATIONS
 
 
 def test_writing_is_deterministic(tmp_path: Path) -> None:
