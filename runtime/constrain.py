@@ -41,7 +41,7 @@ class Guide:
             eos_token_id = self.eos_ids[0]
             bos_token_id = tokenizer.bos_id
             tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]  # noqa: RUF012
-            special_token_ids = sorted(tokenizer.special_ids)  # noqa: RUF012
+            special_token_ids = sorted(tokenizer.special_ids)
 
             def __call__(self, text: str) -> list[int]:
                 return tokenizer.encode(text, bos=False, special=False)

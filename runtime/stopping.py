@@ -22,7 +22,7 @@ class StopStrings:
         if cut >= 0:
             self.found, self._held = True, ""
             return held[:cut]
-        shown = len(held) - _overlap(held, self.stops)
+        shown = len(held) - overlap(held, self.stops)
         self._held = held[shown:]
         return held[:shown]
 
@@ -32,6 +32,6 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
+def overlap(text: str, stops: tuple[str, ...]) -> int:
     """Length of the longest end of `text` that a stop string starts with."""
     return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)

@@ -145,9 +145,7 @@ class Tokenizer:
 class TextStream:
     """Text of one sequence of ids, piece by piece; constant work per token."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, skip_special: bool, shown: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, shown: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids - shown if skip_special else frozenset()
         self._rules = tokenizer._decoder

@@ -84,7 +84,7 @@ class Engine:
         answers = [Answer(self.model, ticket, i) for i in range(request.n)]
         answers[0].followers = answers[1:]
         with self._changed:
-            if self._closing or self._drain_until is not None or not self._thread.is_alive():
+            if not self.accepting:
                 raise ClosedError("the server is shutting down")
             if len(self._waiting) >= self.queue:
                 raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later")
@@ -97,6 +97,15 @@ class Engine:
         with self._changed:
             self._drain_until = min(self._drain_until or float("inf"), time.monotonic() + seconds)
             self._changed.notify()
+
+    def drain_soon(self, seconds: float) -> None:
+        """`drain`, for signal handlers, which must not wait for a lock."""
+        threading.Thread(target=self.drain, args=(seconds,), daemon=True).start()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken."""
+        return not self._closing and self._drain_until is None and self._thread.is_alive()
 
     def close(self) -> None:
         """End everything and stop the thread."""
@@ -170,7 +179,7 @@ class Engine:
             if filled:
                 picked = logits[at : at + 1 + len(answer.draft)]
                 at += len(picked)
-                self._guarded(answer, lambda a=answer, p=picked: self._draw(a, p))
+                self._guarded(self._draw, answer, picked)
         tickets = {id(a.ticket): a.ticket for a, _ in chosen}
         for ticket in tickets.values():
             ticket.flush()
@@ -186,7 +195,7 @@ class Engine:
             for follower in answer.followers:
                 follower.kv, follower.fed = answer.kv.fork(answer.fed), answer.fed
                 self._running.append(follower)
-                self._guarded(follower, lambda f=follower: self._draw_one(f, logits))
+                self._guarded(self._draw_one, follower, logits)
             answer.followers = []
         self._draw_one(answer, logits)
         if ticket.first_token is None and any(isinstance(e, Token) for e in ticket.outbox):
@@ -202,10 +211,10 @@ class Engine:
             answer.advance(logits)
         self.metrics.produced(answer.produced - before, guessed)
 
-    def _guarded(self, answer: Answer, act: Callable[[], None]) -> None:
+    def _guarded(self, act: Callable[[Answer, np.ndarray], None], answer: Answer, logits: np.ndarray) -> None:
         """What goes wrong in one answer ends its request only."""
         try:
-            act()
+            act(answer, logits)
         except HalfbyteError as error:
             self._fail(answer.ticket, "request", str(error))
         except Exception:

@@ -51,11 +51,15 @@ class Metrics:
 
     def text(self, state: Mapping[str, int], hits: int, misses: int) -> str:
         """The exposition."""
-        lines = []
+        lines: list[str] = []
 
         def put(name: str, kind: str, about: str, value: float) -> None:
             lines.extend(
-                (f"# HELP halfbyte_{name} {about}", f"# TYPE halfbyte_{name} {kind}", f"halfbyte_{name} {value}")
+                (
+                    f"# HELP halfbyte_{name} {about}",
+                    f"# TYPE halfbyte_{name} {kind}",
+                    f"halfbyte_{name} {value}",
+                )
             )
 
         lines += ["# HELP halfbyte_requests_total HTTP requests.", "# TYPE halfbyte_requests_total counter"]
