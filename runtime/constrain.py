@@ -7,6 +7,7 @@ what tokens may come next. What llguidance does not implement is refused with it
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from halfbyte.runtime.model import Model
 
 SYNTAXES = ("json_schema", "regex", "lark", "gbnf")
 MAX_SOURCE = 1 << 20  # characters of a grammar
+_SPACE = r"[ \n\r\t]{1,20}"  # between tokens of JSON; without a bound a model may write nothing else
 _MAX_DEPTH = 64  # levels of a JSON schema
 
 
@@ -56,6 +58,7 @@ class Guide:
         if syntax not in SYNTAXES:
             raise UsageError(f"unknown grammar syntax {syntax!r}; there are {', '.join(SYNTAXES)}")
         if syntax == "json_schema":
+            source = {} if source is True else source
             if _depth(source) > _MAX_DEPTH:
                 raise UsageError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep")
             try:
@@ -69,10 +72,12 @@ class Guide:
             raise UsageError(f"the grammar has {len(source)} characters; {MAX_SOURCE} are possible")
         try:
             source.encode("utf-8")
-            if syntax == "gbnf":
+            if syntax == "json_schema":
+                grammar = matcher.grammar_from_json_schema(source, defaults={"whitespace_pattern": _SPACE})
+            elif syntax == "gbnf":
                 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-                grammar = matcher.grammar_from_lark(gbnf_to_lark(source))
+                grammar = matcher.grammar_from_lark(_single_repeats(gbnf_to_lark(source)))
             else:
                 grammar = getattr(matcher, f"grammar_from_{syntax}")(source)
             compiled = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
@@ -148,6 +153,18 @@ def _depth(value: Any) -> int:
         inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
         level = [item for group in inner for item in group]
     return depth
+
+
+_LARK_LITERAL = re.compile(r'("(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])+/)')
+
+
+def _single_repeats(lark: str) -> str:
+    """`x**` as `x*`: the library's translation of GBNF drops the brackets of (x*)*."""
+    parts = _LARK_LITERAL.split(lark)
+    parts[::2] = [
+        re.sub(r"([*+?])[*+?]+", lambda m: m[1] if len(set(m[0])) == 1 else "*", p) for p in parts[::2]
+    ]
+    return "".join(parts)
 
 
 def _one_line(error: object) -> str:

@@ -39,7 +39,11 @@ class Generation(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self) -> Iterator[str]:
+    def close(self) -> None:
+        """End here; the session holds the answer up to the token before the last one shown."""
+        self._pieces.close()
+
+    def _run(self) -> Generator[str, None, None]:
         tokens = self._tokens()
         if not self.model.has_tokenizer:
             for token in tokens:

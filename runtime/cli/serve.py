@@ -144,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if key is None and not listen.is_loopback(args.host):
             print("warning: others can reach this address and there is no --api-key", file=sys.stderr)
-        listen.serve(application, engine, listening, args.grace, lambda: _say(listening, name))
+        _say(listening, name)
+        listen.server(application, engine, args.grace).run(sockets=[listening])
     finally:
         engine.close()
         listening.close()

@@ -178,6 +178,7 @@ class _Answer(Response):
             finally:
                 coming.cancel()
         else:
+            await asyncio.sleep(0)  # else a fast model would never let the loop see that the client hung up
             found = self.events.get_nowait()
         self.reply.usage.cached = self.ticket.cached_tokens
         return None if gone.done() else found

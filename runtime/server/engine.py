@@ -86,8 +86,9 @@ class Engine:
         with self._changed:
             if not self.accepting:
                 raise ClosedError("the server is shutting down")
-            if len(self._waiting) >= self.queue:
-                raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later")
+            waiting = sum(not a.ticket.cancelled for a in self._waiting)
+            if waiting >= self.queue:
+                raise BusyError(f"{waiting} requests are waiting already; try again later")
             self._waiting.append(answers[0])
             self._changed.notify()
         return ticket

@@ -6,7 +6,7 @@ import contextlib
 import ipaddress
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
@@ -68,10 +68,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(
-    app: Any, engine: Engine, listening: socket.socket, grace: float, ready: Callable[[], None] | None = None
-) -> None:
-    """Answer requests on a socket until a signal ends it."""
+def server(app: Any, engine: Engine, grace: float = 5.0) -> Server:
+    """A server to `run(sockets=[bind(...)])`."""
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -83,6 +81,4 @@ def serve(
         timeout_graceful_shutdown=int(grace) + 2,
         limit_concurrency=1024,
     )
-    if ready is not None:
-        ready()
-    Server(config, engine, grace).run(sockets=[listening])
+    return Server(config, engine, grace)
