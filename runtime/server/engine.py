@@ -293,6 +293,8 @@ class Engine:
 
     def _soon_known(self, answer: Answer, fed: int) -> bool:
         """Whether a prompt that is being fed now will spare this one more than the `fed` tokens known."""
+        if not self.prefixes.limit:
+            return False
         ids = np.asarray(answer.ids[:-1])
         filling = (a for a in self._running if a.pending > 1 and not a.produced)
         return any(common(np.asarray(a.ids), ids) >= fed + PAGE for a in filling)
