@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.model import Model
 from halfbyte.runtime.sampler import Sampler, Sampling
 from halfbyte.runtime.session import Session
+from halfbyte.runtime.speculate import Lookup, accept
+from halfbyte.runtime.stopping import StopStrings
 
 
 class Generation(Iterator[str]):
@@ -20,7 +22,7 @@ class Generation(Iterator[str]):
     """
 
     def __init__(self, model: Model, prompt_ids: list[int], max_tokens: int, sampling: Sampling,
-                 stop: tuple[str, ...], session: Session | None):  # fmt: skip
+                 stop: tuple[str, ...], session: Session | None, lookup: int = 0):  # fmt: skip
         if max_tokens < 0:
             raise UsageError(f"max_tokens must not be negative, not {max_tokens}")
         self.session = session or model.session()
@@ -28,6 +30,7 @@ class Generation(Iterator[str]):
             raise UsageError("the prompt is empty and the model has no start token: give some text")
         self.model, self.prompt_ids, self.max_tokens, self.stop = model, prompt_ids, max_tokens, stop
         self.sampler = Sampler(sampling)
+        self.guesses = Lookup((), lookup)
         self.ids: list[int] = []
         self.finish_reason: str | None = None
         self.prefill_seconds = self.decode_seconds = 0.0
@@ -36,54 +39,72 @@ class Generation(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self) -> Iterator[str]:
+    def close(self) -> None:
+        """End here; the session holds the answer up to the token before the last one shown."""
+        self._pieces.close()
+
+    def _run(self) -> Generator[str, None, None]:
         tokens = self._tokens()
         if not self.model.has_tokenizer:
             for token in tokens:
                 yield f"{token} "
             return
-        stream = self.model.tokenizer.stream()
-        longest = max((len(s) for s in self.stop), default=0)
-        held = ""  # text that could still turn out to be the start of a stop string
-        for token in tokens:
-            held += stream.push(token)
-            cut = min((i for i in (held.find(s) for s in self.stop) if i >= 0), default=-1)
-            if cut >= 0:
+        stream, text = self.model.tokenizer.stream(), StopStrings(self.stop)
+        try:
+            for token in tokens:
+                shown = text.push(stream.push(token))
+                if text.found:
+                    self.finish_reason = "stop"
+                if shown:
+                    yield shown
+                if text.found:
+                    return
+            shown = text.push(stream.flush())
+            if text.found:
                 self.finish_reason = "stop"
-                if held[:cut]:
-                    yield held[:cut]
-                return
-            keep = _overlap(held, self.stop) if longest else 0
-            if len(held) > keep:
-                yield held[: len(held) - keep]
-                held = held[len(held) - keep :]
-        held += stream.flush()
-        if held:
-            yield held
+            shown += text.flush()
+            if shown:
+                yield shown
+        finally:
+            tokens.close()
 
-    def _tokens(self) -> Iterator[int]:
+    def _tokens(self) -> Generator[int, None, None]:
         eos = set(self.model.eos_ids)
         start = time.perf_counter()
-        logits = self.session.feed(self.prompt_ids) if self.prompt_ids else None
+        logits = self.session.feed(self.prompt_ids)[None] if self.prompt_ids else None
         self.prefill_seconds = time.perf_counter() - start
-        while True:
-            if len(self.ids) >= self.max_tokens:
-                self.finish_reason = "length"
-                return
-            start = time.perf_counter()
-            if self.ids:
-                if self.session.position >= self.model.context_length:
-                    self.finish_reason = "context"
+        base, fed = self.session.position, 0  # the session shall hold the first `fed` tokens of the answer
+        self.guesses.extend(self.session.ids)
+        draft: list[int] = []
+        try:
+            while True:
+                if len(self.ids) >= self.max_tokens:
+                    self.finish_reason = "length"
                     return
-                logits = self.session.feed(self.ids[-1:])
-            assert logits is not None
-            token = self.sampler.sample(logits, self.session.ids)
-            self.decode_seconds += time.perf_counter() - start
-            if token in eos:
-                self.finish_reason = "stop"
-                return
-            self.ids.append(token)
-            yield token
+                start = time.perf_counter()
+                if self.ids:
+                    room = self.model.context_length - self.session.position
+                    if room <= 0:
+                        self.finish_reason = "context"
+                        return
+                    draft = self.guesses.draft(min(room, self.max_tokens - len(self.ids)) - 1)
+                    logits = self.session.feed_all([self.ids[-1], *draft])
+                assert logits is not None
+                fed = len(self.ids)
+                drawn = accept(self.sampler, logits, draft, self.session.ids[: base + fed])
+                self.session.rewind(len(draft) - (len(drawn) - 1))
+                self.guesses.verified(len(draft), len(drawn) - 1)
+                self.guesses.extend(drawn)
+                self.decode_seconds += time.perf_counter() - start
+                for token in drawn:
+                    fed = len(self.ids)
+                    if token in eos:
+                        self.finish_reason = "stop"
+                        return
+                    self.ids.append(token)
+                    yield token
+        finally:  # guesses that were right but never shown
+            self.session.rewind(max(0, self.session.position - base - fed))
 
     def speed(self) -> str:
         """One line: tokens and tokens per second of prompt and answer."""
@@ -94,12 +115,9 @@ class Generation(Iterator[str]):
         parts.append(f"answer {answer} tokens")
         if self.decode_seconds > 0 and answer:
             parts[1] += f" at {answer / self.decode_seconds:.1f} tokens/s"
+        if self.guesses.guessed:
+            parts.append(f"{self.guesses.right} of {self.guesses.guessed} guesses right")
         return ", ".join(parts)
-
-
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that a stop string starts with."""
-    return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def generate(
@@ -110,14 +128,16 @@ def generate(
     stop: Sequence[str] = (),
     session: Session | None = None,
     special: bool = True,
+    lookup: int = 0,
     **sampling: Any,
 ) -> Generation:
     """Continue a prompt (text or token ids), yielding pieces of text that never split a character.
 
     sampling: the fields of `runtime.sampler.Sampling` (temperature, top_k, top_p, min_p, penalties,
     seed). stop: strings that end the answer and are not part of it. session: continue this one.
-    special: whether special tokens written out in the prompt are recognised. A model without a
-    tokenizer takes ids and yields ids as text.
+    special: whether special tokens written out in the prompt are recognised. lookup: how many tokens a step
+    may guess from the text so far (`runtime.speculate`), which makes copying faster and changes no answer. A
+    model without a tokenizer takes ids and yields ids as text.
     """
     unknown = set(sampling) - set(Sampling.__dataclass_fields__)
     if unknown:
@@ -127,4 +147,5 @@ def generate(
         ids = model.tokenizer.encode(prompt, bos=bos, special=special)
     else:
         ids = [int(i) for i in prompt]
-    return Generation(model, ids, max_tokens, Sampling(**sampling), tuple(s for s in stop if s), session)
+    stops = tuple(s for s in stop if s)
+    return Generation(model, ids, max_tokens, Sampling(**sampling), stops, session, lookup)

@@ -112,9 +112,9 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return "".join([stream.push(id) for id in ids]) + stream.flush()
 
-    def stream(self, skip_special: bool = True) -> TextStream:
-        """A decoder for ids that arrive one after the other."""
-        return TextStream(self, skip_special)
+    def stream(self, skip_special: bool = True, shown: frozenset[int] = frozenset()) -> TextStream:
+        """A decoder for ids that arrive one after the other; `shown` are special ids not to skip."""
+        return TextStream(self, skip_special, shown)
 
     def _encode_plain(self, text: str) -> list[int]:
         """Encode where the model itself knows a control token's spelling: cut such spellings in two."""
@@ -145,9 +145,9 @@ class Tokenizer:
 class TextStream:
     """Text of one sequence of ids, piece by piece; constant work per token."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, shown: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._skipped = tokenizer.special_ids - shown if skip_special else frozenset()
         self._rules = tokenizer._decoder
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True

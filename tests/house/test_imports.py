@@ -203,6 +203,9 @@ HEAVY = (
     "ml_dtypes",
     "safetensors",
     "cffi",
+    "starlette",
+    "uvicorn",
+    "llguidance",
 )
 
 

@@ -1,0 +1,94 @@
+"""Grammars: published suites, limits, and errors in one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from halfbyte.formats.errors import UsageError
+from halfbyte.runtime.constrain import MAX_SOURCE, Guide
+from halfbyte.runtime.model import Model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
+
+import json_schema_suite as suite
+
+# Valid instances that a grammar does not write: a whole number with a fraction of zero, keys in another order than the
+# schema's, text that breaks a `format` (an annotation by default), and siblings of $ref, which draft 7 ignores.
+NARROWED = ("const", "enum", "type", "allOf", "format", "ref")
+# By the JSON Schema specification these are valid: numbers have no longest form, and a schema without `type` says
+# nothing of other types. llama.cpp, whose vectors these are, decided otherwise.
+LLAMA_CPP_ONLY = ("min 0", "min 2", "empty schema (object)", "min+max items", "object properties")
+
+
+@pytest.fixture(scope="module")
+def guide(demo: Model) -> Guide:
+    """The grammars' view of the story model."""
+    return Guide(demo)
+
+
+@pytest.mark.parametrize("draft", suite.DRAFTS)
+def test_json_schema_suite(demo: Model, guide: Guide, shared_data: Path, draft: str) -> None:
+    tallies = suite.schema_suite(demo, guide, shared_data / "conformance", draft)
+    total = sum((t.instances for t in tallies.values()), start=suite.Tally().instances)
+    accepted = sum(t.schemas["accepted"] for t in tallies.values())
+    suite.show(draft, tallies, False)
+    assert total["wrong"] == 0 and accepted > 150 and total["passed"] > 500
+    assert {name for name, t in tallies.items() if t.instances["narrowed"]} <= set(NARROWED)
+    assert total["narrowed"] <= 25
+
+
+def test_grammar_vectors(demo: Model, guide: Guide, shared_data: Path) -> None:
+    tally = suite.grammar_vectors(demo, guide, shared_data / "conformance")
+    assert tally.instances["narrowed"] == 0 and tally.instances["passed"] > 340
+    refused = [line for line in tally.failures if line.startswith("refused")]
+    assert len(refused) == tally.schemas["refused"] == 1 and "uniqueItems" in refused[0]
+    wrong = [line.split(": ")[1] for line in tally.failures if line.startswith("wrong")]
+    assert set(wrong) == set(LLAMA_CPP_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "source"),
+    [
+        ("json_schema", {"uniqueItems": True}), ("json_schema", {"type": "strange"}), ("json_schema", False),
+        ("json_schema", {"$ref": "#/nowhere"}), ("json_schema", {"$ref": "http://example.com/x"}),
+        ("json_schema", {"a": float("nan")}), ("json_schema", {"a": "\ud800"}), ("json_schema", 5),
+        ("json_schema", {"pattern": "(" * 50, "type": "string"}), ("regex", "("), ("regex", 7), ("lark", "start: ("),
+        ("lark", ""), ("gbnf", "root ::= x"), ("lark", "x" * (MAX_SOURCE + 1)), ("yacc", "x"),
+        ("lark", 'start: "\ud800"'),
+    ],
+)  # fmt: skip
+def test_bad_grammars(guide: Guide, syntax: str, source: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        guide.compile(syntax, source)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_deep_schemas(guide: Guide) -> None:
+    schema: dict = {}
+    for _ in range(100_000):
+        schema = {"items": schema}
+    with pytest.raises(UsageError, match="nested"):
+        guide.compile("json_schema", schema)
+    while schema:  # else its end would recurse
+        schema = schema.pop("items")
+
+
+def test_masks_leave_what_may_come(demo: Model, guide: Guide) -> None:
+    matcher = guide.compile("regex", "(dog|cat)!?").matcher()
+    logits = np.arange(demo.vocab_size, dtype=np.float32)
+    text, steps = b"", 0
+    while not matcher.stopped:
+        row = matcher.masked(logits)
+        allowed = [int(i) for i in np.flatnonzero(np.isfinite(row)) if i != 2]
+        whole = {text + demo.tokenizer.token_bytes(i) for i in allowed}
+        assert allowed and all(any(w.startswith(t) for w in (b"dog!", b"cat!")) for t in whole)
+        np.testing.assert_array_equal(row[allowed], logits[allowed])
+        assert np.isfinite(row[2]) == matcher.accepting == (text in (b"dog", b"cat"))
+        text, steps = text + demo.tokenizer.token_bytes(allowed[-1]), steps + 1
+        matcher.consume(allowed[-1])
+    assert text in (b"dog!", b"cat!") and steps > 1
+    assert np.flatnonzero(np.isfinite(matcher.masked(logits))).tolist() == [2]
