@@ -2,7 +2,7 @@
 
 An answer that differs from its serial one ends the script.
 
-    python benchmarks/serving.py MODEL.hb [--streams 8] [--prompt 2048] [--tokens 64] [--json]
+    python benchmarks/concurrency.py MODEL.hb [--streams 8] [--prompt 2048] [--tokens 64] [--json]
 
 decode    tokens/s of one stream and of several together, at short context
 prefix    seconds to the first token of a prompt that is new, and of one that shares all but its last 16 tokens
