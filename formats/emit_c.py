@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import container, encodings, ops, program, tiles
+from . import container, encodings, kv_modes, ops, program, tiles
 
 _C_TYPES = {"<u2": "uint16_t", "<u4": "uint32_t", "<u8": "uint64_t"}
 
@@ -71,6 +71,36 @@ def _encodings() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _side(s: kv_modes.Side) -> str:
+    """A row of HB_SIDE_TABLE, in the order of struct hb_side."""
+    rule = ("", "amax", "rms").index(s.rule)
+    factor = f"{np.float32(s.factor)!s}f" if s.factor else "0.0f"
+    return _braces([s.bits, rule, len(s.levels), factor, _braces(s.levels or [0])])
+
+
+SIDE_STRUCT = """\
+/* How keys or values are stored: a row of HB_SIDE_TABLE, by number HB_SIDE_*. rule 0 is floats; otherwise codes of
+   `bits` bits, scaled by `factor` times the largest magnitude (1) or the root mean square (2). Without levels the
+   code is the level. */
+typedef struct hb_side {
+    uint8_t bits;
+    uint8_t rule;
+    uint8_t level_count;
+    float factor;
+    int8_t levels[16];
+} hb_side;
+"""
+
+
+def _sides() -> str:
+    """The table of stored forms of keys and values as C."""
+    return (
+        f"#define HB_PAGE_POSITIONS {kv_modes.PAGE}\n#define HB_E5M3_BIAS {kv_modes.E5M3_BIAS}\n"
+        f"#define HB_SIGN_SEED {kv_modes.SIGN_SEED:#x}ull\n"
+        f"#define HB_SIDE_COUNT {len(kv_modes.SIDES)}\n#define HB_SIDE_TABLE {_braces(map(_side, kv_modes.SIDES))}\n"
+    )
+
+
 ENCODING_STRUCT = """\
 /* A row of HB_ENCODING_TABLE (`static const hb_encoding table[] = HB_ENCODING_TABLE;`). Codes have low_bits in plane
    `codes` and high_bits in plane `high`; without levels the code is the level. HB_<name>_F16 are the values of 8-bit
@@ -128,6 +158,9 @@ def header() -> str:
         ),
         ENCODING_STRUCT,
         _encodings(),
+        _enum("HB_SIDE_", [(s.name, s.number, f"{s.bits} bits") for s in kv_modes.SIDES]),
+        SIDE_STRUCT,
+        _sides(),
         _enum("HB_TILE_", [(n, k, n) for k, n in tiles.TILE_NAMES.items()]),
         _enum(
             "HB_ROWS_",

@@ -16,7 +16,8 @@ from halfbyte.formats.errors import TokenizerError, UsageError
 from halfbyte.formats.tiles import P16
 from halfbyte.runtime.backends import backend_class
 from halfbyte.runtime.backends.backend import POLICIES, Step
-from halfbyte.runtime.kv import KV, MODES
+from halfbyte.formats import kv_modes
+from halfbyte.runtime.kv import KV
 
 if TYPE_CHECKING:
     from halfbyte.runtime.session import Session
@@ -64,11 +65,10 @@ class Model:
         self.policy = policy or "i8g32"
         if self.policy not in POLICIES:
             raise UsageError(f"unknown arithmetic policy {policy!r}; there are {', '.join(POLICIES)}")
-        if kv not in ("auto", *MODES):
-            raise UsageError(f"unknown kv mode {kv!r}; this version has auto, {', '.join(MODES)}")
         stored = {t.encoding for t in file.tensors if t.tile == P16}
         exact = stored == {"f32"} or self.policy == "f32"
         self.kv_mode = kv if kv != "auto" else "f32" if exact else "f16"
+        kv_modes.by_cache(self.kv_mode, len(file.caches))
         self.vocab_size = int(file.metadata["model.vocab_size"])  # type: ignore[arg-type]
         self.context_length = int(file.metadata["model.context_length"])  # type: ignore[arg-type]
         self._lock = threading.Lock()

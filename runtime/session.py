@@ -13,13 +13,13 @@ import numpy as np
 from halfbyte.formats.container import sha256
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.backends.backend import Step
-from halfbyte.runtime.kv import KV, MODES
+from halfbyte.runtime.kv import KV, PAGE
 from halfbyte.runtime.model import CHUNK, Model
 
 _MAGIC = b"\x89hbs\r\n\x1a\n"
-_HEAD = struct.Struct("<8s32s4sIQ")  # magic, model digest, kv mode, format version, position
-_FIRST = struct.Struct("<Q")  # before the keys and values of a cache: the first position held
-_VERSION = 2
+_HEAD = struct.Struct("<8s32sIQI")  # magic, model digest, format version, position, bytes of the kv mode's name
+_FIRST = struct.Struct("<Q")  # before the pages of a cache: the number of the first one held
+_VERSION = 3
 
 
 class Session:
@@ -101,20 +101,21 @@ class Session:
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ids, keys and values to a file that only the same model can load.
+        """Write ids and pages, as they are stored, to a file that only the same model can load.
 
         Written aside and renamed. Raises HalfbyteError when it cannot be written.
         """
         path = Path(path)
-        body = io.BytesIO()
+        body, mode = io.BytesIO(), self.kv.mode.encode()
+        body.write(_HEAD.pack(_MAGIC, self.model.file.digest, _VERSION, self.position, len(mode)) + mode)
         body.write(np.asarray(self.ids, "<i4").tobytes())
-        for c in range(len(self.kv.caches)):
-            first = self.kv.first(c, self.position)
+        for c, pages in enumerate(self.kv.pages):
+            first = self.kv.first(c, self.position) // PAGE
             body.write(_FIRST.pack(first))
-            for a in self.kv.read(c, first, self.position):
-                body.write(a.tobytes())
-        head = _HEAD.pack(_MAGIC, self.model.file.digest, self.kv.mode.encode(), _VERSION, self.position)
-        data = head + body.getvalue()
+            for i, page in enumerate(pages[first : -(-self.position // PAGE)], first):
+                assert page is not None
+                body.write(page.cleared(max(0, self.position - i * PAGE)))
+        data = body.getvalue()
         partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             partial.write_bytes(data + sha256(data))
@@ -132,42 +133,42 @@ class Session:
             raise HalfbyteError(f"{path}: {error.strerror}") from None
         if len(data) < _HEAD.size + 32 or data[:8] != _MAGIC:
             raise HalfbyteError(f"{path}: not a session file")
-        _, digest, mode, version, position = _HEAD.unpack_from(data)
-        kv_mode = mode.rstrip(b"\0").decode("ascii", "replace")
+        _, digest, version, position, mode_bytes = _HEAD.unpack_from(data)
         if version != _VERSION:
             raise HalfbyteError(f"{path}: session version {version} is not readable by this halfbyte")
         if sha256(data[:-32]) != data[-32:]:
             raise HalfbyteError(f"{path}: the session is damaged (its digest does not match)")
         if digest != model.file.digest:
             raise HalfbyteError(f"{path}: the session belongs to another model file")
+        at = _HEAD.size + mode_bytes
+        kv_mode = data[_HEAD.size : at].decode("ascii", "replace")
         if kv_mode != model.kv_mode:
             raise HalfbyteError(f"{path}: saved with kv {kv_mode}, the model was loaded with {model.kv_mode}")
-        at, session = _HEAD.size + 4 * position, cls(model)
-        if position > model.context_length or at + 32 > len(data):
+        session = cls(model)
+        if position > model.context_length or at + 4 * position + 32 > len(data):
             raise HalfbyteError(f"{path}: the session does not fit the model")
-        session.ids = np.frombuffer(data, "<i4", position, _HEAD.size).tolist()
+        session.ids = np.frombuffer(data, "<i4", position, at).tolist()
         session.kv.reserve(position)
-        for c, cache in enumerate(session.kv.caches):
-            at = _read_cache(session.kv, c, cache, data, at, position)
+        at += 4 * position
+        for c in range(len(session.kv.caches)):
+            at = _read_pages(session.kv, c, data, at, position)
         if at + 32 != len(data) or not session.kv.holds(position):
             raise HalfbyteError(f"{path}: the session does not fit the model")
         return session
 
 
-def _read_cache(kv: KV, c: int, cache: np.void, data: bytes, at: int, position: int) -> int:
-    """Keys and values of one cache from a session file; where the next one starts, or -1."""
+def _read_pages(kv: KV, c: int, data: bytes, at: int, position: int) -> int:
+    """The pages of one cache from a session file; where the next cache starts, or -1."""
     if at < 0 or at + _FIRST.size > len(data):
         return -1
     (first,) = _FIRST.unpack_from(data, at)
     at += _FIRST.size
-    heads, n, dtype = int(cache["kv_heads"]), position - first, np.dtype(MODES[kv.mode])
-    sides = []
-    for field in ("k_dim", "v_dim"):
-        shape = heads, n, int(cache[field])
-        nbytes = heads * n * shape[2] * dtype.itemsize
-        if n < 0 or at + nbytes > len(data):
+    if first > position // PAGE:
+        return -1
+    for page in kv.pages[c][first : -(-position // PAGE)]:
+        assert page is not None
+        if at + page.bytes.nbytes > len(data):
             return -1
-        sides.append(np.frombuffer(data, dtype, heads * n * shape[2], at).reshape(shape))
-        at += nbytes
-    kv.put(c, first, *sides)
+        page.bytes[:] = np.frombuffer(data, np.uint8, page.bytes.nbytes, at)
+        at += page.bytes.nbytes
     return at

@@ -21,7 +21,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 3 };
+enum { HB_ABI_VERSION = 4 };
 
 /* Arithmetic: f32 computes with dequantised weights, i8g32 with int8 activations per 32 columns. */
 enum { HB_POLICY_F32 = 0, HB_POLICY_I8G32 = 1 };
@@ -67,12 +67,12 @@ typedef struct hb_weight {
 } hb_weight;
 
 /* One session's caches in pages of 64 positions: pages[c * page_count + position / 64] is a page of cache c
- * or NULL. A page holds, head by head, keys [4][k_dim][16] (position 16 * i + j is lane j of tile i) and
- * values [64][v_dim], of `type` HB_ENC_F32 or HB_ENC_F16, aligned to 64 bytes. */
+ * or NULL, aligned to 64 bytes, head by head (SPEC.md section 12). types[c] holds four HB_SIDE_*, from the low
+ * byte up: of keys, of values, and of both in the first page. */
 typedef struct hb_kv {
     void *const *pages;
+    const uint32_t *types;
     uint32_t page_count;
-    uint32_t type;
 } hb_kv;
 
 /* One pass: `rows` tokens and `picks` picked rows. slot_base[i] is the first value of base slot i, whose

@@ -3,6 +3,7 @@
 #ifndef HB_KERNELS_H
 #define HB_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -13,7 +14,8 @@ enum { HB_TOKEN_TILE = 24 * 12 }; /* most tokens of one call of a linear kernel 
 enum { HB_PANELS = 8 };           /* most panels of one call of a linear kernel */
 enum { HB_CHUNK_COLS = 1024 };    /* columns that are unpacked at a time, of all panels of a task */
 enum { HB_FLOAT_CHUNK_COLS = 256 };
-enum { HB_PAGE = 64 };            /* positions of a page of a cache */
+enum { HB_PAGE = HB_PAGE_POSITIONS };
+enum { HB_MAX_HEAD = 4096 };      /* the widest head, a limit of files */
 enum { HB_SEGMENT = 16 };         /* pages of one running softmax */
 enum { HB_ATTEND_QUERIES = 128 }; /* rows times heads of one task, unless one row has more heads */
 enum { HB_ALL_SEGMENTS = 0xffffffffu };
@@ -77,6 +79,36 @@ typedef struct hb_linear {
     size_t ldy;
 } hb_linear;
 
+/* Where the parts of a head of keys and values lie in a page (formats/kv_modes.py). `packed`: codes, each
+ * part with a scale byte a position; otherwise floats of one type. */
+typedef struct hb_page {
+    const hb_side *k, *v;
+    bool packed;
+    size_t k_scales, values, v_scales, head_bytes;
+} hb_page;
+
+static const hb_side hb_sides[HB_SIDE_COUNT] = HB_SIDE_TABLE;
+
+/* Whether a word of an hb_kv is one: packed forms, or the same float twice. */
+static inline bool hb_page_word_is_valid(uint32_t word) {
+    for (uint32_t w = word, i = 0; i < 4; i++, w >>= 8)
+        if ((w & 255) >= HB_SIDE_COUNT || !hb_sides[w & 255].rule != !hb_sides[word & 255].rule) return false;
+    return hb_sides[word & 255].rule || word == (word & 255) * 0x01010101u;
+}
+
+static inline hb_page hb_page_of(uint32_t word, uint32_t index, uint32_t k_dim, uint32_t v_dim) {
+    if (index == 0) word >>= 16;
+    hb_page p = {.k = &hb_sides[word & 255], .v = &hb_sides[word >> 8 & 255]};
+    p.packed = p.k->rule;
+    const uint32_t k_cols = p.packed ? (k_dim + 31) / 32 * 32 : k_dim;
+    const uint32_t v_cols = p.packed ? (v_dim + 15) / 16 * 16 : v_dim;
+    p.k_scales = (size_t)HB_PAGE * k_cols * p.k->bits / 8;
+    p.values = p.k_scales + (p.packed ? HB_PAGE : 0);
+    p.v_scales = p.values + (size_t)HB_PAGE * v_cols * p.v->bits / 8;
+    p.head_bytes = p.v_scales + (p.packed ? HB_PAGE : 0);
+    return p;
+}
+
 /* Rows of queries against their sessions' caches. */
 typedef struct hb_attend {
     const float *q;
@@ -115,11 +147,14 @@ typedef void hb_gather_fn(const float *x, const uint32_t *index, uint32_t n, flo
 typedef void hb_hadamard_fn(const float *x, uint32_t width, uint32_t dim, float *y);
 typedef void hb_rope_fn(const float *x, uint32_t heads, uint32_t head_dim, uint32_t n, const float *cosine,
                         const float *sine, float *y);
-typedef void hb_kv_put_fn(const float *x, uint32_t n, uint32_t type, void *out, uint32_t stride);
-/* Rows t and on, of one session at consecutive positions: one segment into op->partial, or HB_ALL_SEGMENTS.
- */
-typedef void hb_attend_fn(const hb_attend *op, uint32_t t, uint32_t rows, uint32_t kv_head, uint32_t segment,
-                          void *scratch);
+/* Position `at` of a page, whose part of this head of keys and values starts at `head`. */
+typedef void hb_kv_put_fn(const hb_page *page, const float *k, const float *v, uint32_t k_dim, uint32_t v_dim,
+                          uint32_t at, char *head);
+/* Rows t and on, of one session at consecutive positions, and `heads` heads of keys and values: one segment
+ * into op->partial, or HB_ALL_SEGMENTS. Either `rows` is at most hb_attend_rows and `heads` is 1, or the
+ * reverse. */
+typedef void hb_attend_fn(const hb_attend *op, uint32_t t, uint32_t rows, uint32_t head, uint32_t heads,
+                          uint32_t segment, void *scratch);
 typedef void hb_attend_merge_fn(const hb_attend *op, uint32_t t, uint32_t kv_head, void *scratch);
 
 #define HB_KERNEL(op, family, isa, function) hb_##op##_fn function;
@@ -130,9 +165,13 @@ typedef void hb_attend_merge_fn(const hb_attend *op, uint32_t t, uint32_t kv_hea
 static inline uint32_t hb_attend_rows(uint32_t share) {
     return share < HB_ATTEND_QUERIES ? HB_ATTEND_QUERIES / share : 1;
 }
-static inline size_t hb_attend_scratch(uint32_t share, uint32_t k_dim, uint32_t v_dim) {
-    const size_t n = (size_t)share * hb_attend_rows(share), stride = (v_dim + 15u) / 16u * 16u;
-    return (n * (HB_PAGE + 2 * stride + k_dim) + 4 * (n + 16) + HB_PAGE * (stride + k_dim)) * sizeof(float);
+static inline size_t hb_attend_scratch(uint32_t share, uint32_t kv_heads, uint32_t k_dim, uint32_t v_dim) {
+    const uint32_t most = hb_attend_rows(share);
+    const size_t n = (size_t)share * (most > kv_heads ? most : kv_heads), stride = (v_dim + 15u) / 16u * 16u;
+    const size_t k_cols = (k_dim + 31u) / 32u * 32u;
+    const size_t floats = n * (HB_PAGE + 2 * stride + k_dim) + 4 * (n + 16) + HB_PAGE * (stride + k_dim);
+    const size_t packed = 2 * n * (k_cols + HB_PAGE) + 6 * n * sizeof(float) + HB_PAGE * (k_cols + stride);
+    return floats * sizeof(float) + packed + 64;
 }
 
 #endif

@@ -83,6 +83,9 @@ HB_INLINE vi16 vi16_mul(vi16 a, vi16 b) { return _mm512_mullo_epi32(a, b); }
 HB_INLINE vi16 vi16_and(vi16 a, vi16 b) { return _mm512_and_si512(a, b); }
 HB_INLINE vi16 vi16_shl(vi16 a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
 HB_INLINE vi16 vi16_shr(vi16 a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
+HB_INLINE int32_t vi16_sum(vi16 a) { return _mm512_reduce_add_epi32(a); }
+HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
+HB_INLINE vi16 vi16_round(v16 a) { return _mm512_cvtps_epi32(a); } /* half to even */
 HB_INLINE v16 v16_from_int(vi16 a) { return _mm512_cvtepi32_ps(a); }
 HB_INLINE v16 v16_as_float(vi16 a) { return _mm512_castsi512_ps(a); }
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { /* 0 where test is 0 */
@@ -213,6 +216,18 @@ HB_INLINE vi16 vi16_shl(vi16 a, int n) {
 HB_INLINE vi16 vi16_shr(vi16 a, int n) {
     return HB_VI16(_mm256_srli_epi32(a.l, n), _mm256_srli_epi32(a.h, n));
 }
+HB_INLINE int32_t vi16_sum(vi16 a) {
+    __m256i b = _mm256_add_epi32(a.l, a.h);
+    __m128i c = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    c = _mm_add_epi32(c, _mm_shuffle_epi32(c, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
+}
+HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) { /* of values that fit */
+    __m256i b = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.l, a.h), 0xd8);
+    _mm_storeu_si128((__m128i *)p,
+                     _mm_packs_epi16(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1)));
+}
+HB_INLINE vi16 vi16_round(v16 a) { return HB_VI16(_mm256_cvtps_epi32(a.l), _mm256_cvtps_epi32(a.h)); }
 HB_INLINE v16 v16_from_int(vi16 a) { return HB_V16(_mm256_cvtepi32_ps(a.l), _mm256_cvtepi32_ps(a.h)); }
 HB_INLINE v16 v16_as_float(vi16 a) { return HB_V16(_mm256_castsi256_ps(a.l), _mm256_castsi256_ps(a.h)); }
 HB_INLINE __m256 hb_keep_8(__m256i test, __m256 a) {
@@ -298,6 +313,15 @@ HB_INLINE vi16 vi16_mul(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] * b.v[i]); }
 HB_INLINE vi16 vi16_and(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] & b.v[i]); }
 HB_INLINE vi16 vi16_shl(vi16 a, int n) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] << n)); }
 HB_INLINE vi16 vi16_shr(vi16 a, int n) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] >> n)); }
+HB_INLINE int32_t vi16_sum(vi16 a) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; i++) sum += a.v[i];
+    return sum;
+}
+HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) {
+    for (int i = 0; i < 16; i++) p[i] = (int8_t)a.v[i];
+}
+HB_INLINE vi16 vi16_round(v16 a) { HB_LANES(vi16, (int32_t)nearbyintf(a.v[i])); }
 HB_INLINE v16 v16_from_int(vi16 a) { HB_LANES(v16, (float)a.v[i]); }
 HB_INLINE v16 v16_as_float(vi16 a) { HB_LANES(v16, hb_from_bits((uint32_t)a.v[i])); }
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { HB_LANES(v16, test.v[i] ? a.v[i] : 0.0f); }

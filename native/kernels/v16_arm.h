@@ -132,6 +132,15 @@ HB_INLINE vi16 vi16_shl(vi16 a, int n) {
         {hb_shift_4(a.v[0], n), hb_shift_4(a.v[1], n), hb_shift_4(a.v[2], n), hb_shift_4(a.v[3], n)}};
 }
 HB_INLINE vi16 vi16_shr(vi16 a, int n) { return vi16_shl(a, -n); }
+HB_INLINE int32_t vi16_sum(vi16 a) {
+    return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
+}
+HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) {
+    int16x8_t l = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));
+    int16x8_t h = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(l), vmovn_s16(h)));
+}
+HB_INLINE vi16 vi16_round(v16 a) { return HB_BY4_1(vi16, vcvtnq_s32_f32, a); }
 HB_INLINE v16 v16_from_int(vi16 a) { return HB_BY4_1(v16, vcvtq_f32_s32, a); }
 HB_INLINE v16 v16_as_float(vi16 a) { return HB_BY4_1(v16, vreinterpretq_f32_s32, a); }
 HB_INLINE float32x4_t hb_keep_4(int32x4_t test, float32x4_t a) {

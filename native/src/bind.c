@@ -106,7 +106,7 @@ static const char *bind_op(hb_program *p, hb_bound *b, const hb_weight *weights,
             if (op->code == HB_OP_KV_PUT) return NULL;
             const hb_cache *c = &p->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
             uint32_t share = p->slots[op->in[0]].width / c->k_dim / c->kv_heads;
-            size_t need = align_up(hb_attend_scratch(share, c->k_dim, c->v_dim), 64);
+            size_t need = align_up(hb_attend_scratch(share, c->kv_heads, c->k_dim, c->v_dim), 64);
             p->scratch_bytes = need > p->scratch_bytes ? need : p->scratch_bytes;
             return NULL;
         }
@@ -136,7 +136,7 @@ static void find_runs(hb_program *p) {
     for (uint32_t i = 0; i < p->op_count; i++) {
         hb_bound *b = &p->ops[i];
         const hb_bound *before = i ? b - 1 : NULL;
-        b->by_row = b->op.code != HB_OP_LINEAR && b->op.code != HB_OP_ATTEND;
+        b->by_row = b->op.code != HB_OP_LINEAR && b->op.code != HB_OP_KV_PUT && b->op.code != HB_OP_ATTEND;
         if (!before) continue;
         const hb_slot *mine = &p->slots[driving_slot(b)], *its = &p->slots[driving_slot(before)];
         b->joins = before->by_row && (b->by_row || b->quantised) && b->op.code != HB_OP_PICK &&

@@ -17,6 +17,7 @@ typedef struct {
     hb_linear linear;
     hb_attend attend;
     uint32_t span_count;
+    uint32_t heads; /* ATTEND by segments: heads of one task */
 } job;
 
 typedef struct {
@@ -51,21 +52,6 @@ static void fill_angles(const hb_angles *a, int32_t position, float *table) {
 static void run_row(const job *j, const hb_bound *b, uint32_t t) {
     const hb_op *op = &b->op;
     const hb_kernels *k = &j->program->kernels;
-    if (op->code == HB_OP_KV_PUT) {
-        const hb_cache *c = &j->program->caches[op->attr[HB_ATTR_KV_PUT_CACHE]];
-        const hb_kv *kv = &j->step->kv[j->step->sessions[t]];
-        const uint32_t cache = op->attr[HB_ATTR_KV_PUT_CACHE], size = kv->type == HB_ENC_F32 ? 4 : 2;
-        const uint32_t position = (uint32_t)j->step->positions[t], i = position % HB_PAGE;
-        char *head = kv->pages[(size_t)cache * kv->page_count + position / HB_PAGE];
-        const view keys = slot(j, op->in[0]), values = slot(j, op->in[1]);
-        for (uint32_t h = 0; h < c->kv_heads; h++, head += (size_t)HB_PAGE * (c->k_dim + c->v_dim) * size) {
-            char *to = head + ((size_t)(i / 16) * c->k_dim * 16 + i % 16) * size;
-            k->kv_put(keys.p + t * keys.stride + (size_t)h * c->k_dim, c->k_dim, kv->type, to, 16);
-            to = head + ((size_t)HB_PAGE * c->k_dim + (size_t)i * c->v_dim) * size;
-            k->kv_put(values.p + t * values.stride + (size_t)h * c->v_dim, c->v_dim, kv->type, to, 1);
-        }
-        return;
-    }
     const uint32_t width = j->program->slots[op->out[0]].width;
     view out = slot(j, op->out[0]);
     float *y = out.p + t * out.stride;
@@ -153,8 +139,7 @@ static void run_rows(job *j, const hb_bound *first, const hb_bound *last, const 
     size_t width = 0;
     j->first = first, j->last = last, j->quantise = quantise, j->fills = 0;
     for (const hb_bound *b = first; b < last; b++) {
-        const uint32_t i = b->op.code == HB_OP_KV_PUT ? b->op.in[0] : b->op.out[0];
-        rows = slot_rows(j, i), width += j->program->slots[i].width;
+        rows = slot_rows(j, b->op.out[0]), width += j->program->slots[b->op.out[0]].width;
         if (b->op.code != HB_OP_ROPE) continue;
         hb_angles *a = &j->program->angles[b->angles];
         if (!a->ready) j->fills |= (uint64_t)1 << (b - first), width += 64 * a->n;
@@ -201,6 +186,31 @@ static void run_linear(job *j) {
     hb_pool_run(p->pool, linear_task, j, count, small ? count : share > 32 ? 32 : share);
 }
 
+/* All rows of one head: positions of a page share bytes. */
+static void put_task(void *context, uint32_t head, uint32_t worker) {
+    (void)worker;
+    const job *j = context;
+    const hb_op *op = &j->bound->op;
+    const uint32_t cache = op->attr[HB_ATTR_KV_PUT_CACHE];
+    const hb_cache *c = &j->program->caches[cache];
+    const view keys = slot(j, op->in[0]), values = slot(j, op->in[1]);
+    for (uint32_t t = 0; t < j->step->rows; t++) {
+        const hb_kv *kv = &j->step->kv[j->step->sessions[t]];
+        const uint32_t position = (uint32_t)j->step->positions[t], page = position / HB_PAGE;
+        const hb_page kind = hb_page_of(kv->types[cache], page, c->k_dim, c->v_dim);
+        char *to = (char *)kv->pages[(size_t)cache * kv->page_count + page] + head * kind.head_bytes;
+        j->program->kernels.kv_put(&kind, keys.p + t * keys.stride + (size_t)head * c->k_dim,
+                                   values.p + t * values.stride + (size_t)head * c->v_dim, c->k_dim, c->v_dim,
+                                   position % HB_PAGE, to);
+    }
+}
+
+static void run_kv_put(job *j) {
+    const hb_cache *c = &j->program->caches[j->bound->op.attr[HB_ATTR_KV_PUT_CACHE]];
+    const size_t values = (size_t)j->step->rows * c->kv_heads * (c->k_dim + c->v_dim);
+    hb_pool_run(j->program->pool, put_task, j, c->kv_heads, values < SMALL_VALUES ? c->kv_heads : 1);
+}
+
 /* The last row of those that follow row t at consecutive positions of its session, at most `most` rows. */
 static uint32_t span_end(const hb_step *s, uint32_t t, uint32_t most) {
     uint32_t end = t + 1;
@@ -215,16 +225,17 @@ static void attend_task(void *context, uint32_t index, uint32_t worker) {
     const hb_attend *a = &j->attend;
     /* the longest rows first, so that the last to finish is short */
     const uint32_t i = j->span_count - 1 - index / a->kv_heads, t = j->program->spans[i];
-    j->program->kernels.attend(a, t, j->program->spans[i + 1] - t, index % a->kv_heads, HB_ALL_SEGMENTS,
+    j->program->kernels.attend(a, t, j->program->spans[i + 1] - t, index % a->kv_heads, 1, HB_ALL_SEGMENTS,
                                j->program->scratch + worker * j->program->scratch_bytes);
 }
 
 static void segment_task(void *context, uint32_t index, uint32_t worker) {
     const job *j = context;
     const hb_attend *a = &j->attend;
-    const uint32_t rest = index / a->segments;
-    j->program->kernels.attend(a, rest / a->kv_heads, 1, rest % a->kv_heads, index % a->segments,
-                               j->program->scratch + worker * j->program->scratch_bytes);
+    const uint32_t parts = (a->kv_heads + j->heads - 1) / j->heads, rest = index / a->segments;
+    const uint32_t head = rest % parts * j->heads, left = a->kv_heads - head;
+    j->program->kernels.attend(a, rest / parts, 1, head, left < j->heads ? left : j->heads,
+                               index % a->segments, j->program->scratch + worker * j->program->scratch_bytes);
 }
 
 static void merge_task(void *context, uint32_t index, uint32_t worker) {
@@ -273,7 +284,10 @@ static void run_attend(job *j) {
         j->attend.partial = hb_program_partial(p, count * segments * each);
     }
     if (j->attend.partial) { /* too few rows to share out: their segments are */
-        hb_pool_run(p->pool, segment_task, j, count * segments, 1);
+        /* several heads together read whole pages, as long as there are tasks enough for every thread */
+        const uint32_t tasks = s->rows * segments, parts = (few / 2 + tasks - 1) / tasks;
+        j->heads = parts < c->kv_heads ? (c->kv_heads + parts - 1) / parts : 1;
+        hb_pool_run(p->pool, segment_task, j, tasks * ((c->kv_heads + j->heads - 1) / j->heads), 1);
         hb_pool_run(p->pool, merge_task, j, count, count);
         return;
     }
@@ -304,7 +318,8 @@ static bool has_pages(const hb_program *p, const hb_step *s, uint32_t t, bool on
 /* What cannot be known before the step: ids, sessions, positions and picks in range. */
 static int check_step(const hb_program *p, const hb_step *s) {
     for (uint32_t i = 0; i < s->kv_count; i++)
-        if (s->kv[i].type != HB_ENC_F32 && s->kv[i].type != HB_ENC_F16) return HB_ERROR_ARGUMENT;
+        for (uint32_t c = 0; c < p->cache_count; c++)
+            if (!hb_page_word_is_valid(s->kv[i].types[c])) return HB_ERROR_ARGUMENT;
     for (uint32_t t = 0; t < s->rows; t++) {
         if (s->ids[t] < 0 || (uint32_t)s->ids[t] >= p->vocabulary) return HB_ERROR_ID;
         if (p->cache_count) {
@@ -339,6 +354,8 @@ int hb_execute(hb_program *p, const hb_step *step, uint32_t first, uint32_t last
         j.bound = b++;
         if (j.bound->op.code == HB_OP_LINEAR)
             run_linear(&j);
+        else if (j.bound->op.code == HB_OP_KV_PUT)
+            run_kv_put(&j);
         else
             run_attend(&j);
     }

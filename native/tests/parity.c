@@ -124,9 +124,12 @@ static hb_kv *make_caches(const test_case *c) {
         void **pages = zeros((size_t)h->caches * count * sizeof *pages);
         for (uint32_t i = 0; i < h->caches * count; i++) {
             const hb_cache *cache = &c->caches[i / count];
-            pages[i] = zeros((size_t)cache->kv_heads * PAGE * (cache->k_dim + cache->v_dim) * 4);
+            /* floats, or codes padded to 32 columns and 16 with a byte of scale: never more than this */
+            pages[i] = zeros((size_t)cache->kv_heads * PAGE * (cache->k_dim + cache->v_dim + 48) * 4);
         }
-        kv[s] = (hb_kv){.pages = pages, .page_count = count, .type = h->kv_type};
+        uint32_t *types = zeros(h->caches * sizeof *types);
+        for (uint32_t i = 0; i < h->caches; i++) types[i] = h->kv_type;
+        kv[s] = (hb_kv){.pages = pages, .types = types, .page_count = count};
     }
     return kv;
 }
@@ -135,6 +138,7 @@ static void free_caches(const test_case *c, hb_kv *kv) {
     for (uint32_t s = 0; s < c->head->sessions; s++) {
         for (uint32_t i = 0; i < c->head->caches * kv[s].page_count; i++) free(kv[s].pages[i]);
         free((void *)kv[s].pages);
+        free((void *)kv[s].types);
     }
     free(kv);
 }

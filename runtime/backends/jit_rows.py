@@ -23,7 +23,8 @@ from halfbyte.runtime.backends.jit_intrinsics import (
 )
 from halfbyte.runtime.backends.jit_kernels import kernel
 from halfbyte.runtime.backends.jit_math import apply, exp64, tanh64
-from halfbyte.runtime.kv import PAGE, TILE
+from halfbyte.formats.kv_modes import PAGE
+from halfbyte.runtime.kv_page import TILE
 
 
 def make_pick(key: str) -> Any:

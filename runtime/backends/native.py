@@ -166,7 +166,8 @@ class Native(Backend):
         self._caches = ffi.new("hb_kv[]", max(1, len(kvs)))
         for row, kv in zip(self._caches, kvs):
             row.pages = ffi.cast("void **", kv.table.ctypes.data)
-            row.page_count, row.type = kv.table.shape[1], BY_NAME[kv.mode].code
+            row.types = ffi.cast("uint32_t *", kv.words.ctypes.data)
+            row.page_count = kv.table.shape[1]
         s.kv, s.kv_count, self._tables = self._caches, len(kvs), tables
 
     def _copy_rows(self, step: Step) -> None:

@@ -176,7 +176,7 @@ class Bound:
         table = ffi.new("hb_kv[]", max(1, len(kvs)))
         for row, kv in zip(table, kvs):
             row.pages, row.page_count = ffi.cast("void **", kv.table.ctypes.data), kv.table.shape[1]
-            row.type = encodings.BY_NAME[kv.mode].code
+            row.types = ffi.cast("uint32_t *", kv.words.ctypes.data)
         step.rows, step.picks, step.slot_base, step.kv, step.kv_count = rows, n_picks, base, table, len(kvs)
         assert self.lib.hb_run(self.handle, step, 0, len(self.records)) == status
         is_picks = int(self.slots[out]["rows"]) == program.PICKS

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from halfbyte.formats import encodings, program
+from halfbyte.formats import encodings, kv_modes, program
 from halfbyte.formats.encodings import K256, MATRIX_ENCODINGS, parameters_are_valid
 from halfbyte.formats.ops import FUNCTIONS
 from halfbyte.runtime.backends import native
@@ -70,7 +70,7 @@ class Vectors:
             struct.pack(
                 "<64s16s13I2f", name.encode(), family.encode(), {"f32": 0, "i8g32": 1}[policy], len(b.records),
                 len(b.slots), len(b.caches), len(weights), len(inputs), rows, len(picks), len(kvs),
-                kvs[0].capacity if kvs else 0, encodings.BY_NAME[kv_mode].code, out, exact, bound, bound,
+                kvs[0].capacity if kvs else 0, kv_modes.mode(kv_mode).word, out, exact, bound, bound,
             )
         )  # fmt: skip
         for table in (b.records, b.slots, b.caches):
