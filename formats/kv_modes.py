@@ -111,7 +111,9 @@ class Mode:
         return self.head_bytes(1, k_dim, v_dim) * 8 / (PAGE * (k_dim + v_dim))
 
 
-def layout(sides: tuple[Side, Side], k_dim: int, v_dim: int) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
+def layout(
+    sides: tuple[Side, Side], k_dim: int, v_dim: int
+) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
     """Offsets and bytes of the four parts of a head in a page: keys, their scales, values, theirs.
 
     Codes of keys are panels of 16 positions by columns (padded to 32), those of values panels of 16 columns by
@@ -119,7 +121,12 @@ def layout(sides: tuple[Side, Side], k_dim: int, v_dim: int) -> tuple[tuple[int,
     """
     k, v = sides
     if k.packed:
-        parts = (PAGE * align(k_dim, COLUMN_PAD) * k.bits // 8, PAGE, align(v_dim, PANEL) * PAGE * v.bits // 8, PAGE)
+        parts = (
+            PAGE * align(k_dim, COLUMN_PAD) * k.bits // 8,
+            PAGE,
+            align(v_dim, PANEL) * PAGE * v.bits // 8,
+            PAGE,
+        )
     else:
         parts = (PAGE * k_dim * k.bits // 8, 0, PAGE * v_dim * v.bits // 8, 0)
     return (0, parts[0], parts[0] + parts[1], parts[0] + parts[1] + parts[2]), parts
@@ -133,7 +140,9 @@ def mode(name: str) -> Mode:
         if all(s in BY_SIDE and BY_SIDE[s].packed for s in (k, v)):
             pair = k, v
     if pair is None:
-        raise UsageError(f"unknown kv mode {name!r}; there are {', '.join(MODES)}, and k?v? of 8, 4, t1, t2, t3, t4")
+        raise UsageError(
+            f"unknown kv mode {name!r}; there are {', '.join(MODES)}, and k?v? of 8, 4, t1, t2, t3, t4"
+        )
     return Mode(name, BY_SIDE[pair[0]], BY_SIDE[pair[1]])
 
 
@@ -147,7 +156,9 @@ def by_cache(name: str, count: int) -> tuple[Mode, ...]:
     for item in rest:
         layer, _, other = item.partition("=")
         if not layer.lstrip("-").isdigit() or not -count <= int(layer) < count:
-            raise UsageError(f"kv mode {name!r}: {layer!r} is not one of {count} layers (write tq3,0=k8v8,-1=k8v8)")
+            raise UsageError(
+                f"kv mode {name!r}: {layer!r} is not one of {count} layers (write tq3,0=k8v8,-1=k8v8)"
+            )
         modes[int(layer)] = mode(other)
     if len({m.packed for m in modes}) > 1:
         raise UsageError(f"kv mode {name!r}: floats and packed modes cannot be mixed")
@@ -156,10 +167,8 @@ def by_cache(name: str, count: int) -> tuple[Mode, ...]:
 
 def signs(n: int) -> np.ndarray:
     """float32[n] of +-1: bit i % 64 of number i / 64 of splitmix64 from SIGN_SEED says where -1 is."""
-    state = (SIGN_SEED + (np.arange(-(-n // 64), dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)).astype(
-        np.uint64
-    )
-    z = state
+    count = np.arange(1, -(-n // 64) + 1, dtype=np.uint64)
+    z = np.uint64(SIGN_SEED) + count * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
@@ -183,4 +192,3 @@ def e5m3_value(code: np.ndarray) -> np.ndarray:
     """float32 of codes."""
     bits = (code.astype(np.uint32) + np.uint32((127 - E5M3_BIAS) << 3)) << np.uint32(20)
     return np.where(code == 0, np.float32(0), bits.view(np.float32))
-

@@ -93,7 +93,9 @@ def _unpack(data: np.ndarray, bits: int, cols: int) -> np.ndarray:
     if low:
         codes = tiles.unpack_codes(np.ascontiguousarray(data[:, :at]).reshape(-1), low, rows, cols)
     if bits - low:
-        codes = codes | tiles.unpack_codes(np.ascontiguousarray(data[:, at:]).reshape(-1), 1, rows, cols) << low
+        codes = (
+            codes | tiles.unpack_codes(np.ascontiguousarray(data[:, at:]).reshape(-1), 1, rows, cols) << low
+        )
     return codes
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from halfbyte.devices.fit import of_file
+from halfbyte.formats import kv_modes
 from halfbyte.formats.container import File
 from halfbyte.formats.errors import TokenizerError, UsageError
 from halfbyte.formats.tiles import P16
 from halfbyte.runtime.backends import backend_class
 from halfbyte.runtime.backends.backend import POLICIES, Step
-from halfbyte.formats import kv_modes
 from halfbyte.runtime.kv import KV
 
 if TYPE_CHECKING:

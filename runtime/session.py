@@ -17,7 +17,9 @@ from halfbyte.runtime.kv import KV, PAGE
 from halfbyte.runtime.model import CHUNK, Model
 
 _MAGIC = b"\x89hbs\r\n\x1a\n"
-_HEAD = struct.Struct("<8s32sIQI")  # magic, model digest, format version, position, bytes of the kv mode's name
+_HEAD = struct.Struct(
+    "<8s32sIQI"
+)  # magic, model digest, format version, position, bytes of the kv mode's name
 _FIRST = struct.Struct("<Q")  # before the pages of a cache: the number of the first one held
 _VERSION = 3
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.formats import encodings, tiles
+from halfbyte.formats import encodings, kv_modes, tiles
 from halfbyte.formats.container import Tensor
 from halfbyte.formats.errors import UsageError
+from halfbyte.formats.kv_modes import PAGE
 from halfbyte.formats.ops import BY_CODE
 from halfbyte.formats.program import PICKS, bits_f32
 from halfbyte.runtime.backends.backend import Backend, Step, operands
 from halfbyte.runtime.backends.reference import QUANT_GROUP
-from halfbyte.runtime.kv import PAGE
 
 _LOCK = threading.Lock()  # the thread pool serves one step at a time
 _announced: list[bool] = []
@@ -77,11 +77,11 @@ def _announcing() -> Iterator[None]:
 @functools.cache
 def _compiled(factory: str, *choice: Any) -> Any:
     """A kernel by the name of its factory, shared by every backend of this process."""
-    from halfbyte.runtime.backends import jit_kernels, jit_pool, jit_rows
+    from halfbyte.runtime.backends import jit_kernels, jit_kv, jit_pool, jit_rows
 
-    return next(getattr(m, factory) for m in (jit_kernels, jit_rows, jit_pool) if hasattr(m, factory))(
-        *choice
-    )
+    return next(
+        getattr(m, factory) for m in (jit_kernels, jit_kv, jit_rows, jit_pool) if hasattr(m, factory)
+    )(*choice)
 
 
 class Jit(Backend):
@@ -263,8 +263,7 @@ class Jit(Backend):
             words |= {"scale": _f64(attrs["scale"]), "cap": _f64(attrs["softcap"])}
         task = self._task(None, out, ins, width, **words)  # its kernel depends on the cache's type
         self._cached.append((task, attrs["cache"], f"make_{name}"))
-        if name == "attend":
-            self._counts[task] = lambda T: T * heads
+        self._counts[task] = (lambda T: T * heads) if name == "attend" else lambda T: heads
 
     # ---- stepping -------------------------------------------------------------------------------
 
@@ -376,26 +375,32 @@ class Jit(Backend):
         )
         longest = int(positions.max()) + 1 if len(positions) else 0
         row = tiles.align(longest, PAGE) + PAGE
-        shares = int(table[tasks, w.HALF].max())
+        shares, k_dim, v_dim = (int(table[tasks, i].max()) for i in (w.HALF, w.K_DIM, w.V_DIM))
+        size = shares * (row + k_dim) + (PAGE + 1) * (k_dim + v_dim) + 64
         table[tasks, w.KERNEL] = self._kernels[kind]
         table[tasks, w.KV] = _address(self._kv) + caches * self._kv.strides[0]
         table[tasks, w.POSITIONS], table[tasks, w.SESSIONS] = _address(positions), _address(sessions)
-        table[tasks, w.SCRATCH] = self._grown("attend", row * shares * self.threads, np.float32)
-        table[tasks, w.SCRATCH_ROW] = row
+        table[tasks, w.SCRATCH] = self._grown("attend", size * self.threads, np.float32)
+        table[tasks, w.SCRATCH_ROW], table[tasks, w.SCRATCH_SIZE] = row, size
         reads = int(positions.astype(np.int64).sum()) + len(positions)
         table[attends, w.CHUNK] = reads * self._row_work[attends] >= _PARALLEL_WORK
 
     def _cache_kernels(self, kind: str) -> np.ndarray:
-        """Addresses of the kernels of the tasks that use caches of this stored type."""
+        """Addresses of the kernels of the tasks that use caches of this mode."""
         spec = f"{self.isa}|{self._halves}|{self._key}"
-        shares = self._table[:, self._w.HALF].tolist()
+        modes = kv_modes.by_cache(kind, len(self.file.caches))
+        shares, kernels = self._table[:, self._w.HALF].tolist(), []
         with _announcing():
-            return np.array(
-                [
-                    _compiled(name, spec, kind, *([shares[task]] if name == "make_attend" else [])).address
-                    for task, _, name in self._cached
-                ]
-            )
+            for task, cache, name in self._cached:
+                mode, share = modes[cache], shares[task]
+                if name == "make_attend":
+                    sides = ("f32", share, mode.k.name, mode.v.name) if mode.packed else (mode.k.name, share)
+                    kernels.append(_compiled(name, spec, *sides))
+                elif mode.packed:
+                    kernels.append(_compiled("make_packed_put", self._key, mode.k.name, mode.v.name))
+                else:
+                    kernels.append(_compiled(name, spec, mode.k.name))
+        return np.array([k.address for k in kernels])
 
     def describe(self) -> dict[str, object]:
         """Adds the ISA of the kernels."""

@@ -16,8 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from halfbyte.formats import encodings, ops, tiles
-from halfbyte.runtime import kv
+from halfbyte.formats import encodings, kv_modes, ops, tiles
 from halfbyte.runtime.backends import jit_tiles as w
 from halfbyte.runtime.backends.jit_intrinsics import (
     bits_f32,
@@ -44,7 +43,7 @@ def digest() -> str:
     here = Path(__file__).resolve().parent
     for path in (
         *sorted(here.glob("jit*.py")),
-        *(Path(str(m.__file__)) for m in (encodings, ops, tiles, kv)),
+        *(Path(str(m.__file__)) for m in (encodings, kv_modes, ops, tiles)),
     ):
         h.update(path.read_bytes())
     return h.hexdigest()[:16]

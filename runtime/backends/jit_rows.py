@@ -8,6 +8,7 @@ from typing import Any
 import numba
 
 from halfbyte.formats import encodings
+from halfbyte.formats.kv_modes import PAGE
 from halfbyte.runtime.backends import jit_tiles as w
 from halfbyte.runtime.backends.jit_intrinsics import (
     bits_f64,
@@ -22,8 +23,8 @@ from halfbyte.runtime.backends.jit_intrinsics import (
     store_value,
 )
 from halfbyte.runtime.backends.jit_kernels import kernel
+from halfbyte.runtime.backends.jit_kv import page_readers, rotate, unrotate
 from halfbyte.runtime.backends.jit_math import apply, exp64, tanh64
-from halfbyte.formats.kv_modes import PAGE
 from halfbyte.runtime.kv_page import TILE
 
 
@@ -216,33 +217,38 @@ def make_hadamard(key: str) -> Any:
 
 
 def make_kv_put(spec: str, kind: str) -> Any:
-    """kv_put of row `index`: word KV leads to the addresses of every session's pages (see `runtime.kv`)."""
+    """kv_put of head `index`, all rows: word KV leads to the addresses of every session's pages (`runtime.kv`)."""
     size = encodings.FLOAT_BYTES[kind]
 
-    def kv_put(a, t, worker):
-        pages = i64_at(i64_at(a[w.KV])[i32_at(a[w.SESSIONS])[t]])
-        position, k_dim, v_dim = numba.int64(i32_at(a[w.POSITIONS])[t]), a[w.K_DIM], a[w.V_DIM]
-        page, at = pages[position // PAGE], position % PAGE
-        k, v = f32_at(a[w.X] + t * a[w.X_STRIDE] * 4), f32_at(a[w.X2] + t * a[w.X2_STRIDE] * 4)
-        for h in range(a[w.KV_HEADS]):
+    def kv_put(a, h, worker):
+        k_dim, v_dim = a[w.K_DIM], a[w.V_DIM]
+        for t in range(a[w.ROWS]):
+            pages = i64_at(i64_at(a[w.KV])[i32_at(a[w.SESSIONS])[t]])
+            position = numba.int64(i32_at(a[w.POSITIONS])[t])
+            page, at = pages[position // PAGE], position % PAGE
+            k = f32_at(a[w.X] + (t * a[w.X_STRIDE] + h * k_dim) * 4)
+            v = f32_at(a[w.X2] + (t * a[w.X2_STRIDE] + h * v_dim) * 4)
             keys = page + h * PAGE * (k_dim + v_dim) * size
             lane = keys + (at // TILE * k_dim * TILE + at % TILE) * size
             for c in range(k_dim):
-                store_value(spec, kind, lane + c * TILE * size, k[h * k_dim + c])
+                store_value(spec, kind, lane + c * TILE * size, k[c])
             row = keys + (PAGE * k_dim + at * v_dim) * size
             for c in range(v_dim):
-                store_value(spec, kind, row + c * size, v[h * v_dim + c])
+                store_value(spec, kind, row + c * size, v[c])
 
     return kernel(kv_put)
 
 
-def make_attend(spec: str, kind: str, share: int) -> Any:
+def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> Any:
     """attend: index = row * kv_heads + kv head, with the `share` query heads that it serves.
 
+    kind: of the cache's floats; 'f32' for packed sides k and v, whose pages are turned into floats one by one.
     Scores in float32 (fused, a lane is a position), softmax in float64, values summed in ascending positions.
     """
     size = encodings.FLOAT_BYTES[kind]
     heads = next(n for n in (4, 2, 1) if share % n == 0)  # that one conversion of a key serves
+    packed = bool(k)
+    read_keys, read_values = page_readers(k or "8", v or "8")
 
     def attend(a, index, worker):
         kv_heads, k_dim, v_dim = a[w.KV_HEADS], a[w.K_DIM], a[w.V_DIM]
@@ -255,13 +261,27 @@ def make_attend(spec: str, kind: str, share: int) -> Any:
         head = h * PAGE * (k_dim + v_dim) * size
         scale, cap = bits_f64(a[w.SCALE]), bits_f64(a[w.CAP])
         row = a[w.SCRATCH_ROW] * 4
-        scratch = a[w.SCRATCH] + worker * share * row
+        scratch = a[w.SCRATCH] + worker * a[w.SCRATCH_SIZE] * 4
         q_at = a[w.X] + (t * a[w.X_STRIDE] + h * share * k_dim) * 4
         y_at = a[w.Y] + (t * a[w.Y_STRIDE] + h * share * v_dim) * 4
         whole_v = v_dim // 16 * 16
+        unpacked = scratch + share * row  # of packed pages: keys, values, then rotated queries
+        unpacked_v = unpacked + PAGE * k_dim * 4
+        if packed:
+            rotated = unpacked_v + PAGE * v_dim * 4
+            for s in range(share):
+                x, y = f32_at(q_at + s * k_dim * 4), f32_at(rotated + s * k_dim * 4)
+                for c in range(k_dim):
+                    y[c] = x[c]
+                rotate(y, k_dim)
+            q_at = rotated
         for j in range(0, n, PAGE):  # the heads that share keys read a page while it is in L1
             keys = pages[first + j // PAGE] + head
             used = (min(PAGE, n - j) + TILE - 1) // TILE
+            if packed:
+                at = first + j // PAGE
+                read_keys(pages[at], at, h, k_dim, v_dim, used, f32_at(unpacked))
+                keys = unpacked
             for s in range(0, share, heads):
                 q_s, p_s = q_at + s * k_dim * 4, scratch + s * row + j * 4
                 kv_scores(spec, kind, heads, q_s, keys, k_dim, used, p_s, row)
@@ -288,6 +308,10 @@ def make_attend(spec: str, kind: str, share: int) -> Any:
             skip = max(low - j, 0)
             count = min(PAGE, n - j) - skip
             block = pages[first + j // PAGE] + head + (PAGE * k_dim + skip * v_dim) * size
+            if packed:
+                at, used = first + j // PAGE, (min(PAGE, n - j) + TILE - 1) // TILE
+                read_values(pages[at], at, h, k_dim, v_dim, used, f32_at(unpacked_v))
+                block = unpacked_v + skip * v_dim * 4
             for s in range(0, share, heads):
                 p_s, y_s = scratch + s * row + (j + skip) * 4, y_at + s * v_dim * 4
                 kv_weighted(spec, kind, heads, p_s, row, block, v_dim, v_dim * size, count, y_s)
@@ -310,5 +334,7 @@ def make_attend(spec: str, kind: str, share: int) -> Any:
             total = numba.float32((s0 + s1) + (s2 + s3))
             for c in range(v_dim):
                 y[c] = y[c] / total
+            if packed:
+                unrotate(y, v_dim)
 
     return kernel(attend)

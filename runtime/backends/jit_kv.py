@@ -1,0 +1,278 @@
+"""Packed caches in the JIT backend: the rotation, codes written, and pages turned back into rotated floats.
+
+What is written is the same to the bit as `runtime.kv_page` writes; SPEC.md section 12 has the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+
+from halfbyte.formats import kv_modes
+from halfbyte.formats.kv_modes import BY_SIDE, PAGE, Side
+from halfbyte.runtime.backends import jit_tiles as w
+from halfbyte.runtime.backends.jit_intrinsics import bits_f32, f32_at, f32_bits, i32_at, i64_at, keyed, u8_at
+from halfbyte.runtime.backends.jit_kernels import kernel
+from halfbyte.runtime.kv_page import TILE
+
+F32 = numba.float32
+_SEED, _STEP = np.uint64(kv_modes.SIGN_SEED), np.uint64(0x9E3779B97F4A7C15)
+_MIX1, _MIX2, _ONE = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(1)
+_BASE = (127 - kv_modes.E5M3_BIAS) << 3
+
+
+@numba.njit
+def _flip_signs(y, n):
+    for i in range(0, n, 64):
+        z = _SEED + numba.uint64(i // 64 + 1) * _STEP
+        z = (z ^ (z >> numba.uint64(30))) * _MIX1
+        z = (z ^ (z >> numba.uint64(27))) * _MIX2
+        z = z ^ (z >> numba.uint64(31))
+        for j in range(i, min(n, i + 64)):
+            if (z >> numba.uint64(j - i)) & _ONE:
+                y[j] = -y[j]
+
+
+@numba.njit
+def _hadamard(y, n):
+    run, apart = n & -n, 1
+    while apart < run:
+        for start in range(0, n, 2 * apart):
+            for c in range(start, start + apart):
+                u, v = y[c], y[c + apart]
+                y[c], y[c + apart] = u + v, u - v
+        apart *= 2
+    scale = F32(1.0 / math.sqrt(run))
+    for c in range(n):
+        y[c] = y[c] * scale
+
+
+@numba.njit
+def rotate(y, n):
+    """In place; see `kv_page.rotate`."""
+    _flip_signs(y, n)
+    _hadamard(y, n)
+
+
+@numba.njit
+def unrotate(y, n):
+    """The inverse, in place."""
+    _hadamard(y, n)
+    _flip_signs(y, n)
+
+
+@numba.njit
+def _scale_value(code):
+    return F32(0.0) if code == 0 else bits_f32(numba.int32((numba.int32(code) + _BASE) << 20))
+
+
+@numba.njit
+def _put_field(plane, bits, row, col, value):
+    per = 4 * (8 // bits)
+    shift = col % per // 4 * bits
+    at = col // per * 64 + row * 4 + col % 4
+    mask = ((1 << bits) - 1) << shift
+    plane[at] = numba.uint8((numba.int64(plane[at]) & ~mask) | (value << shift))
+
+
+@numba.njit
+def _field(plane, bits, row, col):
+    per = 4 * (8 // bits)
+    at = col // per * 64 + row * 4 + col % 4
+    return (numba.int64(plane[at]) >> (col % per // 4 * bits)) & ((1 << bits) - 1)
+
+
+def _code_access(bits: int) -> tuple[Any, Any]:
+    """(put, get) of the code of a row and column of a panel of `cols` columns at an address."""
+    low = {8: 8, 4: 4, 3: 2, 2: 2, 1: 0}[bits]
+    high, mask = bits - low, (1 << low) - 1
+
+    @numba.njit
+    def put(panel, cols, row, col, code):
+        if low:
+            _put_field(u8_at(panel), low, row, col, code & mask)
+        if high:
+            _put_field(u8_at(panel + 2 * cols * low), 1, row, col, code >> low)
+
+    @numba.njit
+    def get(panel, cols, row, col):
+        code = 0
+        if low:
+            code = _field(u8_at(panel), low, row, col)
+        if high:
+            code |= _field(u8_at(panel + 2 * cols * low), 1, row, col) << low
+        return code
+
+    return put, get
+
+
+def _quantizer(side: Side, keys: bool) -> Any:
+    """A function that writes the codes and the scale byte of n rotated values, as position `at` of a page."""
+    bits, by_amax, factor = side.bits, side.rule == "amax", np.float32(side.factor)
+    half = 1 << 19 if side.levels else (1 << 20) - 1
+    levels = np.asarray(side.levels or (0, 0), np.float32)
+    between = tuple(float(v) for v in (levels[1:] + levels[:-1]) / 2)
+    count = len(between) if side.levels else 0
+    put_code, _ = _code_access(bits)
+
+    @numba.njit
+    def quantize(y, n, at, codes, scales):
+        size = F32(0.0)
+        if by_amax:
+            for i in range(n):
+                size = max(size, abs(y[i]))
+        else:
+            lanes = numba.carray(y, n + 32)[n + 16 - n % 16 : n + 32 - n % 16]
+            for i in range(16):
+                lanes[i] = F32(0.0)
+            for i in range(n):
+                lanes[i % 16] = lanes[i % 16] + y[i] * y[i]
+            for i in range(8):
+                lanes[i] = lanes[i] + lanes[i + 8]
+            for i in range(4):
+                lanes[i] = lanes[i] + lanes[i + 4]
+            size = F32(math.sqrt(((lanes[0] + lanes[2]) + (lanes[1] + lanes[3])) / F32(n)))
+        code = ((numba.int64(f32_bits(F32(factor * size))) + half) >> 20) - _BASE
+        code = min(max(code, 0), 255)
+        u8_at(scales)[at] = numba.uint8(code)
+        value = _scale_value(code)
+        inverse = F32(1.0) / value if code > 0 else F32(0.0)
+        cols = (n + 31) // 32 * 32
+        for i in range(n):
+            u = F32(y[i] * inverse)
+            c = numba.int64(0)
+            if count == 0:
+                c = numba.int64(min(max(np.rint(u), F32(-127.0)), F32(127.0))) & 255
+            else:
+                for k in range(count):
+                    if u > F32(between[k]):
+                        c += 1
+            if keys:
+                put_code(codes + at // TILE * 2 * cols * bits, cols, at % TILE, i, c)
+            else:
+                put_code(codes + i // 16 * 2 * PAGE * bits, PAGE, i % 16, at, c)
+
+    return quantize
+
+
+def _level_table(side: Side) -> tuple[float, ...]:
+    """The level of every code."""
+    if side.levels:
+        return tuple(float(v) for v in side.levels)
+    return tuple(float(v) for v in np.arange(256, dtype=np.uint8).view(np.int8))
+
+
+def _reader(side: Side, keys: bool) -> Any:
+    """A function that turns the codes of a page's head into rotated floats: keys [4][n][16] or values [64][n]."""
+    bits, table = side.bits, _level_table(side)
+    _, get_code = _code_access(bits)
+
+    @numba.njit
+    def read(codes, scales, n, tiles, out):
+        levels, s = table, u8_at(scales)
+        if keys:
+            cols = (n + 31) // 32 * 32
+            for tile in range(tiles):
+                panel = codes + tile * 2 * cols * bits
+                for c in range(n):
+                    for r in range(16):
+                        level = F32(levels[get_code(panel, cols, r, c)])
+                        out[(tile * n + c) * 16 + r] = level * _scale_value(s[tile * 16 + r])
+        else:
+            for c in range(n):
+                panel = codes + c // 16 * 2 * PAGE * bits
+                for j in range(tiles * 16):
+                    out[j * n + c] = F32(levels[get_code(panel, PAGE, c % 16, j)]) * _scale_value(s[j])
+
+    return read
+
+
+def _offsets(k: Side, v: Side) -> Any:
+    """A function of (k_dim, v_dim): where the scales of keys, values and their scales start, and a head's bytes."""
+    k_bits, v_bits = k.bits, v.bits
+
+    @numba.njit
+    def offsets(k_dim, v_dim):
+        k_scales = PAGE * ((k_dim + 31) // 32 * 32) * k_bits // 8
+        values = k_scales + PAGE
+        v_scales = values + PAGE * ((v_dim + 15) // 16 * 16) * v_bits // 8
+        return k_scales, values, v_scales, v_scales + PAGE
+
+    return offsets
+
+
+def page_readers(k: str, v: str) -> tuple[Any, Any]:
+    """Functions that unpack the first `tiles` * 16 positions of head h of page number `index`, rotated.
+
+    The first gives keys [4][k_dim][16], the second values [64][v_dim].
+    """
+    eight = BY_SIDE["8"]
+    at0, at1 = _offsets(eight, eight), _offsets(BY_SIDE[k], BY_SIDE[v])
+    k0, k1, v0, v1 = (
+        _reader(eight, True),
+        _reader(BY_SIDE[k], True),
+        _reader(eight, False),
+        _reader(BY_SIDE[v], False),
+    )
+
+    @numba.njit
+    def read_keys(page, index, h, k_dim, v_dim, tiles, out):
+        if index == 0:
+            at = at0(k_dim, v_dim)
+            k0(page + h * at[3], page + h * at[3] + at[0], k_dim, tiles, out)
+        else:
+            at = at1(k_dim, v_dim)
+            k1(page + h * at[3], page + h * at[3] + at[0], k_dim, tiles, out)
+
+    @numba.njit
+    def read_values(page, index, h, k_dim, v_dim, tiles, out):
+        if index == 0:
+            at = at0(k_dim, v_dim)
+            v0(page + h * at[3] + at[1], page + h * at[3] + at[2], v_dim, tiles, out)
+        else:
+            at = at1(k_dim, v_dim)
+            v1(page + h * at[3] + at[1], page + h * at[3] + at[2], v_dim, tiles, out)
+
+    return read_keys, read_values
+
+
+def make_packed_put(key: str, k: str, v: str) -> Any:
+    """kv_put of head `index`, all rows: positions of a page share bytes."""
+    eight = BY_SIDE["8"]
+    k0, v0, at0 = _quantizer(eight, True), _quantizer(eight, False), _offsets(eight, eight)
+    k1, v1 = _quantizer(BY_SIDE[k], True), _quantizer(BY_SIDE[v], False)
+    at1 = _offsets(BY_SIDE[k], BY_SIDE[v])
+
+    def kv_put(a, h, worker):
+        keyed(key)
+        k_dim, v_dim = a[w.K_DIM], a[w.V_DIM]
+        y = f32_at(a[w.SCRATCH] + worker * a[w.SCRATCH_SIZE] * 4)
+        for t in range(a[w.ROWS]):
+            pages = i64_at(i64_at(a[w.KV])[i32_at(a[w.SESSIONS])[t]])
+            position = numba.int64(i32_at(a[w.POSITIONS])[t])
+            page, at = pages[position // PAGE], position % PAGE
+            x = f32_at(a[w.X] + (t * a[w.X_STRIDE] + h * k_dim) * 4)
+            for c in range(k_dim):
+                y[c] = x[c]
+            rotate(y, k_dim)
+            k_scales, values, v_scales, size = at1(k_dim, v_dim)
+            if position < PAGE:
+                k_scales, values, v_scales, size = at0(k_dim, v_dim)
+            head = page + h * size
+            if position < PAGE:
+                k0(y, k_dim, at, head, head + k_scales)
+            else:
+                k1(y, k_dim, at, head, head + k_scales)
+            x = f32_at(a[w.X2] + (t * a[w.X2_STRIDE] + h * v_dim) * 4)
+            for c in range(v_dim):
+                y[c] = x[c]
+            rotate(y, v_dim)
+            if position < PAGE:
+                v0(y, v_dim, at, head + values, head + v_scales)
+            else:
+                v1(y, v_dim, at, head + values, head + v_scales)
+
+    return kernel(kv_put)
