@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.formats import kv_gate, kv_modes
 from halfbyte.formats.container import File
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import UsageError
@@ -22,7 +23,6 @@ from halfbyte.formats.tiles import P16, align
 
 from .machine import Machine
 
-KV_BYTES = {"f32": 4, "f16": 2}  # of one stored key or value
 DEFAULT_CONTEXT = 4096
 CHUNK = 288  # rows of a prompt that are in memory at once
 OVERHEAD = 64_000_000  # bytes of Python, NumPy and the compiled library
@@ -41,6 +41,16 @@ class Cache:
     values: int
     window: int
     macs: int
+    heads: int = 0
+    k_dim: int = 64
+    v_dim: int = 64
+
+    def nbytes(self, positions: int, mode: kv_modes.Mode) -> int:
+        """Bytes of the first positions; heads are of 64 columns where they are not known."""
+        heads = self.heads or self.values / (self.k_dim + self.v_dim)
+        first, other = (mode.head_bytes(page, self.k_dim, self.v_dim) for page in (0, 1))
+        early = min(positions, kv_modes.PAGE)
+        return math.ceil(heads * (early * first + (positions - early) * other) / kv_modes.PAGE)
 
     def rows(self, length: int) -> int:
         """Positions that attention reads at this length."""
@@ -70,11 +80,12 @@ class Load:
 
     def kv_bytes(self, length: int, kv: str) -> int:
         """Bytes held by keys and values at this length: all positions, also those beyond a window."""
-        return length * sum(c.values for c in self.caches) * KV_BYTES[kv]
+        return sum(c.nbytes(length, m) for c, m in zip(self.caches, kv_modes.by_cache(kv, len(self.caches))))
 
     def kv_read(self, length: int, kv: str) -> int:
         """Bytes of keys and values that a decoded token reads at this length."""
-        return sum(c.rows(length) * c.values for c in self.caches) * KV_BYTES[kv]
+        modes = kv_modes.by_cache(kv, len(self.caches))
+        return sum(c.nbytes(c.rows(length), m) for c, m in zip(self.caches, modes))
 
     def attention_macs(self, length: int) -> int:
         """Multiply-adds of attention for one token at this length."""
@@ -108,7 +119,6 @@ def of_file(file: File) -> Load:
             cache_macs[int(r["attr"][0])] += widths[int(r["in"][0])] + widths[int(r["out"][0])]
     read += sum(file.tensors[i].nbytes for i in multiplied)
     read += sum(file.tensors[i].nbytes // file.tensors[i].shape[0] for i in embedded - multiplied)
-    stored = {t.encoding for t in file.tensors if t.tile == P16}
     tokenizer = file.sections["TOKN"][1] if "TOKN" in file.sections else 0
     context = file.metadata["model.context_length"]
     assert isinstance(context, int)
@@ -120,14 +130,19 @@ def of_file(file: File) -> Load:
         f32_macs=f32,
         prefill_macs=prefill,
         caches=tuple(
-            Cache(int(c["kv_heads"]) * (int(c["k_dim"]) + int(c["v_dim"])), int(c["window"]), macs)
+            Cache(
+                int(c["kv_heads"]) * (int(c["k_dim"]) + int(c["v_dim"])),
+                int(c["window"]),
+                macs,
+                *(int(c[name]) for name in ("kv_heads", "k_dim", "v_dim")),
+            )
             for c, macs in zip(file.caches, cache_macs)
         ),
         activations=_activations(file.slots),
         overhead=OVERHEAD + TOKENIZER_FACTOR * tokenizer,
         records=len(file.program),
         context=context,
-        kv="f32" if stored == {"f32"} else "f16",
+        kv=kv_gate.automatic(file),
     )
 
 
@@ -165,27 +180,27 @@ def of_size(parameters: float, bits: float, kv_values: int | None = None) -> Loa
         overhead=OVERHEAD,
         records=200,
         context=MAX_CONTEXT,
-        kv="f16",
+        kv="k8v8",
     )
 
 
 def fit(load: Load, machine: Machine, context: int | None = None, kv: str = "auto") -> dict[str, Any]:
     """What this machine will do with this load: the object that `halfbyte fit --json` prints.
 
-    context: tokens (default: 4096 or the model's own, if less). kv: 'auto' or a key of KV_BYTES. Speeds are
+    context: tokens (default: 4096 or the model's own, if less). kv: 'auto' or a mode. Speeds are
     expected tokens/s at depth 0 and with the whole context stored, None where the model does not fit.
     Raises UsageError for an unknown mode or a context longer than the model's.
     """
     kv = load.kv if kv == "auto" else kv
-    if kv not in KV_BYTES:
-        raise UsageError(f"unknown kv mode {kv!r}; this version has auto, {', '.join(KV_BYTES)}")
+    kv_modes.by_cache(kv, len(load.caches))
     context = min(DEFAULT_CONTEXT, load.context) if context is None else context
     if not 1 <= context <= load.context:
         raise UsageError(f"a context of {context} tokens: the model's is 1 to {load.context}")
     fixed = load.weights + load.activations + load.overhead
     needed = fixed + load.kv_bytes(context, kv)
     fits = needed <= machine.memory
-    a_token = load.kv_bytes(1, kv)
+    page = kv_modes.PAGE
+    a_token = max(1, (load.kv_bytes(2 * page, kv) - load.kv_bytes(page, kv)) // page) if load.caches else 0
     room = max(0, machine.memory - fixed)
     largest = min(load.context, room // a_token) if a_token else load.context if room else 0
     return {

@@ -9,6 +9,10 @@ class HalfbyteError(Exception):
     """Base of every error that a user, a file or a machine can cause."""
 
 
+class KvWarning(UserWarning):
+    """A kv mode was asked for that was measured to change this model's answers too much."""
+
+
 class FormatError(HalfbyteError):
     """A `.hb` file is damaged, hostile, or newer than this build understands."""
 

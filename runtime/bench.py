@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.devices.fit import of_file
+from halfbyte.formats import kv_modes
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.model import load
 
@@ -64,7 +65,10 @@ def bench(
     rate = statistics.median(decode)
     load_of = of_file(model.file)
     weights, cache = load_of.read, load_of.kv_read(depth + 1 + tokens // 2, model.kv_mode)
-    bits = {"f32": 32.0, "f16": 16.0}[model.kv_mode]
+    modes = kv_modes.by_cache(model.kv_mode, len(model.file.caches))
+    bits = statistics.mean(
+        m.bits_per_value(int(c["k_dim"]), int(c["v_dim"])) for m, c in zip(modes, model.file.caches)
+    )
     return {
         "file": str(path),
         "prompt": prompt,

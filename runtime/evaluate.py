@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,54 @@ def _chunks(ids: list[int]) -> Iterator[np.ndarray]:
         yield np.asarray(ids[i : i + ROWS])
 
 
-def _logits(model: Model, part: list[int]) -> Iterator[np.ndarray]:
-    session = model.session()
+def _logits(model: Model, part: list[int], kv: str | None = None) -> Iterator[np.ndarray]:
+    session = model.session(kv)
     for chunk in _chunks(part[:-1]):
         yield session.feed_all(chunk.tolist())
+
+
+def kv_divergence(
+    model: Model,
+    text: str,
+    modes: Sequence[str],
+    contexts: Sequence[int],
+    tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, dict[str, list[float]], dict[str, list[float]]]:
+    """What kv modes change: (tokens, mean KL against a cache of f32, mean nll), the lists by context length.
+
+    The first `tokens` tokens of the text, in windows of each context length; memory is O(vocabulary) and the caches
+    of all modes. Raises UsageError for text that is too short.
+    """
+    kld: dict[str, list[float]] = {m: [] for m in modes}
+    nll: dict[str, list[float]] = {m: [] for m in modes}
+    all_parts = [windows(model, text, ctx) for ctx in contexts]
+    for parts in all_parts:
+        for i in range(len(parts)):
+            if sum(map(len, parts[: i + 1])) > tokens:
+                parts[i] = parts[i][: max(2, tokens - sum(map(len, parts[:i])))]
+                del parts[i + 1 :]
+                break
+        if not parts:
+            raise UsageError("the text is too short: it needs at least two tokens")
+    total, done = sum(len(p) - 1 for parts in all_parts for p in parts), 0
+    for parts in all_parts:
+        count = sum(len(p) - 1 for p in parts)
+        sums = {m: np.zeros(2) for m in modes}
+        for part in parts:
+            streams = [_logits(model, part, m) for m in ("f32", *modes)]
+            for targets, theirs, *rows in zip(_chunks(part[1:]), *streams):
+                law = log_softmax(theirs)
+                for m, logits in zip(modes, rows):
+                    ours = log_softmax(logits)
+                    sums[m] += (
+                        (np.exp(law) * (law - ours)).sum(),
+                        -ours[np.arange(len(targets)), targets].sum(),
+                    )
+                done += len(targets)
+                if progress:
+                    progress(done, total)
+        for m in modes:
+            kld[m].append(float(sums[m][0] / count))
+            nll[m].append(float(sums[m][1] / count))
+    return sum(len(p) - 1 for p in all_parts[-1]), kld, nll

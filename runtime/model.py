@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from halfbyte.devices.fit import of_file
-from halfbyte.formats import kv_modes
+from halfbyte.formats import kv_gate, kv_modes
 from halfbyte.formats.container import File
-from halfbyte.formats.errors import TokenizerError, UsageError
+from halfbyte.formats.errors import KvWarning, TokenizerError, UsageError
 from halfbyte.formats.tiles import P16
 from halfbyte.runtime.backends import backend_class
 from halfbyte.runtime.backends.backend import POLICIES, Step
@@ -65,10 +66,11 @@ class Model:
         self.policy = policy or "i8g32"
         if self.policy not in POLICIES:
             raise UsageError(f"unknown arithmetic policy {policy!r}; there are {', '.join(POLICIES)}")
-        stored = {t.encoding for t in file.tensors if t.tile == P16}
-        exact = stored == {"f32"} or self.policy == "f32"
-        self.kv_mode = kv if kv != "auto" else "f32" if exact else "f16"
+        chosen = "f32" if self.policy == "f32" else kv_gate.automatic(file)
+        self.kv_mode = kv if kv != "auto" else chosen
         kv_modes.by_cache(self.kv_mode, len(file.caches))
+        if doubt := kv_gate.warning(file, self.kv_mode):
+            warnings.warn(doubt, KvWarning, stacklevel=3)
         self.vocab_size = int(file.metadata["model.vocab_size"])  # type: ignore[arg-type]
         self.context_length = int(file.metadata["model.context_length"])  # type: ignore[arg-type]
         self._lock = threading.Lock()
@@ -81,15 +83,15 @@ class Model:
         with self._lock:
             return self.backend.run(step)
 
-    def session(self) -> Session:
-        """A fresh, empty timeline."""
+    def session(self, kv: str | None = None) -> Session:
+        """A fresh, empty timeline, in another kv mode where one is named."""
         from halfbyte.runtime.session import Session
 
-        return Session(self)
+        return Session(self, kv)
 
-    def new_kv(self) -> KV:
-        """Empty caches in this model's mode."""
-        return KV(self.file.caches, self.kv_mode)
+    def new_kv(self, mode: str | None = None) -> KV:
+        """Empty caches, by default in this model's mode."""
+        return KV(self.file.caches, mode or self.kv_mode)
 
     @property
     def has_tokenizer(self) -> bool:

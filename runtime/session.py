@@ -30,9 +30,9 @@ class Session:
     Sessions of one model may be used from different threads; one session from one thread at a time.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, kv: str | None = None):
         self.model = model
-        self.kv = model.new_kv()
+        self.kv = model.new_kv(kv)
         self.ids: list[int] = []
 
     @property
@@ -93,7 +93,7 @@ class Session:
         self.kv.truncate(len(ids))
         self.ids = ids
         if not self.kv.holds(len(ids)):
-            self.ids, self.kv = [], self.model.new_kv()
+            self.ids, self.kv = [], self.model.new_kv(self.kv.mode)
             self.feed(ids)
 
     def fork(self) -> Session:

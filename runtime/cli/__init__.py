@@ -18,11 +18,24 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import halfbyte
-from halfbyte.formats.errors import HalfbyteError
+from halfbyte.formats.errors import HalfbyteError, KvWarning
 from halfbyte.runtime.cli.arguments import Parser
 from halfbyte.runtime.cli.terminal import one_line
 
-COMMANDS = ("convert", "run", "serve", "info", "explain", "check", "eval", "bench", "fit", "demo", "doctor")
+COMMANDS = (
+    "convert",
+    "run",
+    "serve",
+    "info",
+    "explain",
+    "check",
+    "eval",
+    "kv",
+    "bench",
+    "fit",
+    "demo",
+    "doctor",
+)
 ERROR, BUG = 2, 70
 
 
@@ -39,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _signals(), warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")  # NumPy's notes on overflow are not for users
+            warnings.simplefilter("always", KvWarning)
+            warnings.showwarning = _warn
         try:
             for stream in (sys.stdout, sys.stderr):  # text that the terminal's encoding lacks is escaped
                 if hasattr(stream, "reconfigure"):
@@ -89,6 +104,11 @@ def _run(argv: Sequence[str] | None) -> int:
         top.print_help(sys.stderr)
         return ERROR
     return args.run(args)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"halfbyte: warning: {one_line(str(message))}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str, status: int = ERROR, kind: str = "error: ") -> int:

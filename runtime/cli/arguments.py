@@ -62,7 +62,10 @@ def add_backend(parser: argparse.ArgumentParser, *threads: str) -> None:
 def add_kv(parser: argparse.ArgumentParser) -> None:
     """--kv"""
     parser.add_argument(
-        "--kv", default="auto", metavar="MODE", help="stored keys and values: auto, f32 or f16"
+        "--kv",
+        default="auto",
+        metavar="MODE",
+        help="stored keys and values: auto, f32, f16, k8v8, k8v4, k4v4, tq4, tq3.5, tq3, tq2.5 or tq2",
     )
 
 

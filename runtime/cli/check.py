@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a .hb file")
     add_backend(parser)
     add_policy(parser, "both")
+    parser.add_argument(
+        "--kv", default="f32", metavar="MODE", help="of the caches that are compared (default: f32)"
+    )
     add_json(parser)
 
 
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     outcomes = []
     for policy in POLICIES if args.policy is None else (args.policy,):
         with Progress(f"{backend} under {policy}") as progress:
-            found = lockstep(file, backend, policy, threads=args.threads, progress=progress)
+            found = lockstep(file, backend, policy, threads=args.threads, progress=progress, kv=args.kv)
         outcomes += [{"policy": policy, **outcome.as_dict()} for outcome in found]
     ok = all(outcome["ok"] for outcome in outcomes)
     if args.json:

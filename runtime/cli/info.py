@@ -46,9 +46,32 @@ def facts(file: File) -> dict[str, Any]:
         "tensors": len(file.tensors),
         "program_records": len(file.program),
         "kv_values_per_token": values,
+        "kv_modes": kv_facts(file),
         "tokenizer": "TOKN" in file.sections,
         "chat_template": "TMPL" in file.sections,
     }
+
+
+def kv_facts(file: File) -> list[dict[str, Any]]:
+    """Every kv mode: bits a value as stored, bytes a token, the measured KL or None, whether `auto` picks it."""
+    from halfbyte.formats import kv_gate, kv_modes
+
+    known, automatic, out = kv_gate.measured(file), kv_gate.automatic(file), []
+    values = sum(int(c["kv_heads"]) * (int(c["k_dim"]) + int(c["v_dim"])) for c in file.caches)
+    for name in dict.fromkeys((*kv_modes.MODES, *known, automatic)):
+        page = kv_gate.nbytes(file, name, 2 * kv_modes.PAGE) - kv_gate.nbytes(file, name, kv_modes.PAGE)
+        token = page / kv_modes.PAGE
+        bits = 8 * token / values if values else 0.0
+        facts = {"mode": name, "bits_per_value": bits, "bytes_per_token": token, "kld": known.get(name)}
+        out.append({**facts, "auto": name == automatic})
+    return out
+
+
+def _mode(facts: dict[str, Any]) -> str:
+    kld = "" if facts["kld"] is None else f", KL {facts['kld']:.5f}"
+    return f"{facts['bits_per_value']:.3f} bits, {size(facts['bytes_per_token'])} a token{kld}" + (
+        ", auto" if facts["auto"] else ""
+    )
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -61,6 +84,7 @@ def _print(found: dict[str, Any]) -> None:
         ("bits per weight", f"{found['bits_per_weight']:.3f} over {found['matrix_weights']} matrix weights"),
         ("read per token", size(found["weight_bytes_per_token"])),
         ("keys and values", f"{found['kv_values_per_token']} numbers a token"),
+        *((f"  {m['mode']}", _mode(m)) for m in found["kv_modes"] if found["kv_values_per_token"]),
         ("program", f"{found['program_records']} records, {found['tensors']} tensors"),
         ("tokenizer", yes[found["tokenizer"]]),
         ("chat template", yes[found["chat_template"]]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from halfbyte.formats import kv_modes
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.kv import KV, PAGE
 from halfbyte.runtime.model import CHUNK, Model
@@ -16,8 +17,12 @@ class Memory:
     """
 
     def __init__(self, model: Model, limit: int | None):
-        self._page_bytes = [sum(p.memory.nbytes for p in pages if p) for pages in model.new_kv().pages]
-        self.page_bytes = sum(self._page_bytes)  # a page of every cache
+        modes = kv_modes.by_cache(model.kv_mode, len(model.file.caches))
+        self._page_bytes = [  # of the first page of each cache, and of the others
+            [int(c["kv_heads"]) * m.head_bytes(i, int(c["k_dim"]), int(c["v_dim"])) for i in (0, 1)]
+            for m, c in zip(modes, model.file.caches)
+        ]
+        self.page_bytes = sum(map(max, self._page_bytes))  # a page of every cache
         self._windows = [int(c["window"]) for c in model.file.caches]
         least = self.of(model.context_length)
         if limit is not None and limit < least:
@@ -30,23 +35,23 @@ class Memory:
     def of(self, length: int) -> int:
         """Bytes of one sequence of `length` tokens."""
         total = 0
-        for page_bytes, window in zip(self._page_bytes, self._windows):
+        for (first, other), window in zip(self._page_bytes, self._windows):
             seen = min(length, window + CHUNK + PAGE) if window else length
-            total += (-(-seen // PAGE) + 1) * page_bytes
+            total += -(-seen // PAGE) * other + max(first, other)
         return total
 
     def need(self, kv: KV, start: int, end: int) -> int:
         """Bytes that `kv.reserve(end, start)` would allocate."""
         total = 0
-        for page_bytes, pages in zip(self._page_bytes, kv.pages):
+        for (first, other), pages in zip(self._page_bytes, kv.pages):
             for i in range(start // PAGE, -(-end // PAGE)):
                 page = pages[i] if i < len(pages) else None
-                total += page_bytes if page is None or page.shared else 0
+                total += (other if i else first) if page is None or page.shared else 0
         return total
 
     def recount(self, kvs: Iterable[KV]) -> int:
         """Bytes in use by these caches, each page once; becomes `held`."""
-        pages = {id(p): p.memory.nbytes for kv in kvs for row in kv.pages for p in row if p is not None}
+        pages = {id(p): p.bytes.nbytes for kv in kvs for row in kv.pages for p in row if p is not None}
         self.held = sum(pages.values())
         return self.held
 

@@ -69,7 +69,7 @@ class Prefixes:
         for page in _pages(fork):
             self._uses[id(page)] += 1
             if self._uses[id(page)] == 1:
-                self.nbytes += page.memory.nbytes
+                self.nbytes += page.bytes.nbytes
         while self._entries and (self.nbytes > self.limit or len(self._entries) > MAX_ENTRIES):
             self.evict()
 
@@ -86,7 +86,7 @@ class Prefixes:
             self._uses[id(page)] -= 1
             if not self._uses[id(page)]:
                 del self._uses[id(page)]
-                self.nbytes -= page.memory.nbytes
+                self.nbytes -= page.bytes.nbytes
 
 
 def common(a: np.ndarray, b: np.ndarray) -> int:

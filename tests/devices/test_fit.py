@@ -12,7 +12,7 @@ import pytest
 
 from halfbyte.devices import bandwidth, machine
 from halfbyte.devices.bandwidth import Speed
-from halfbyte.devices.fit import CHUNK, KV_BYTES, Load, fit, of_file, of_size
+from halfbyte.devices.fit import CHUNK, Load, fit, of_file, of_size
 from halfbyte.devices.machine import (
     KEYS,
     Machine,
@@ -25,10 +25,11 @@ from halfbyte.devices.machine import (
 from halfbyte.formats import program, tiles
 from halfbyte.formats.container import File
 from halfbyte.formats.errors import UsageError
+from halfbyte.formats.kv_modes import MODES
 from halfbyte.formats.writer import TensorSpec, Writer
 from halfbyte.runtime.arena import Arena
 from halfbyte.runtime.cli import main
-from halfbyte.runtime.kv import KV, MODES
+from halfbyte.runtime.kv import KV
 
 N = 64
 BOX = Machine("box", "a cpu", 4, 10**9, 1e9, 4e9, 2e9, False, "made up")
@@ -107,10 +108,6 @@ def test_cache_bytes_are_those_of_the_cache(path: Path, load: Load, mode: str) -
     kv = KV(File(path).caches, mode)
     kv.reserve(512)
     assert load.kv_bytes(512, mode) == kv.nbytes
-
-
-def test_modes_are_those_of_the_runtime() -> None:
-    assert KV_BYTES.keys() == MODES.keys()
 
 
 def test_a_window_bounds_what_is_read(load: Load) -> None:

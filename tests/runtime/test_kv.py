@@ -40,7 +40,7 @@ def test_what_is_put_is_read(n: int, mode: str) -> None:
     for cache in range(2):
         for start, end in ((0, n), (1, 16), (15, 66), (63, 64), (64, n)):
             check(kv, kept, end, cache, start)
-    addresses = [[p.memory.ctypes.data for p in pages] for pages in kv.pages]
+    addresses = [[p.bytes.ctypes.data for p in pages] for pages in kv.pages]
     assert kv.table[:, : len(addresses[0])].tolist() == addresses
     assert all(a % 64 == 0 for row in addresses for a in row)
 
@@ -48,7 +48,7 @@ def test_what_is_put_is_read(n: int, mode: str) -> None:
 def test_a_page_lies_as_the_kernels_read_it() -> None:
     kv, kept = filled(100)
     heads, k_dim, v_dim, _ = SHAPES[0]
-    words = kv.pages[0][1].memory  # type: ignore[union-attr]
+    words = kv.pages[0][1].bytes.view(np.float16)  # type: ignore[union-attr]
     head, position = 1, 64 + 21
     base = head * PAGE * (k_dim + v_dim)
     for d in range(k_dim):

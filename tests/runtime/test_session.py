@@ -8,13 +8,18 @@ import pytest
 from tiny import load_case
 
 import halfbyte
+from halfbyte.formats import kv_modes
+from halfbyte.formats.container import File
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.backends.backend import Step
+from halfbyte.runtime.lockstep import lockstep
 from halfbyte.runtime.model import Model
 from halfbyte.runtime.session import Session
 
 # q8 and q4 exercise the integer kernels, f32 the float ones; gemma3 has windows, caps off, GQA of one
 CASES = [("gemma3-plain", "q4"), ("qwen2-window", "q8"), ("llama-plain", "f32"), ("olmo2-plain", "q4")]
+
+PACKED = [name for name in kv_modes.MODES if kv_modes.mode(name).packed]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0]}-{c[1]}")
@@ -30,6 +35,43 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def model(path: Path, backend: str) -> Model:
     """The model on one backend."""
     return halfbyte.load(path, backend=backend)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One converted tiny model for what is tested in every kv mode."""
+    folder = tmp_path_factory.mktemp("small")
+    load_case("gemma3-plain").write_folder(folder / "c")
+    return halfbyte.convert(folder / "c", folder / "m.hb", recipe="q8")
+
+
+@pytest.mark.parametrize("mode", [*PACKED, "k8vt1", "tq3,0=k8v8,-1=k8v4"])
+def test_packed_modes_keep_the_promises(small: Path, backend: str, mode: str, tmp_path: Path) -> None:
+    """Chunks, threads, going back, branching and saving change no bit, over two pages."""
+    model = halfbyte.load(small, backend=backend, kv=mode, threads=1)
+    ids = prompt(model, 110)
+    whole = model.session()
+    want = whole.feed_all(ids, chunk=len(ids))
+    for threads, chunk in ((1, 5), (3, 37)):
+        other = halfbyte.load(small, backend=backend, kv=mode, threads=threads)
+        same(other.session().feed_all(ids, chunk=chunk), want)
+    whole.feed(prompt(model, 10, seed=1))
+    whole.rewind(50)
+    branch = whole.fork()
+    branch.feed(prompt(model, 30, seed=2))
+    same(whole.feed_all(ids[70:]), want[70:])
+    whole.save(tmp_path / "s")
+    again = Session.load(model, tmp_path / "s")
+    again.rewind(3)
+    same(again.feed_all(ids[-3:]), want[-3:])
+
+
+@pytest.mark.parametrize("mode", PACKED)
+def test_packed_modes_agree_with_the_reference(small: Path, backend: str, mode: str) -> None:
+    """Op by op, beyond the first page."""
+    outcomes = {o.op: o for o in lockstep(File(small), backend, "i8g32", kv=mode)}
+    assert all(o.ok for o in outcomes.values()), [o for o in outcomes.values() if not o.ok]
+    assert outcomes["attend"].worst < 2.0**-6
 
 
 def prompt(model: Model, n: int, seed: int = 0) -> list[int]:

@@ -171,7 +171,7 @@ def test_the_count_of_bytes_is_right(demo: Model, engine: Engine) -> None:
     for asked in ask_all(engine, requests(demo, 30, 11)):
         asked.wait()
     time.sleep(0.2)
-    pages = {id(p): p.memory.nbytes for kv in engine.prefixes.kvs() for row in kv.pages for p in row if p}
+    pages = {id(p): p.bytes.nbytes for kv in engine.prefixes.kvs() for row in kv.pages for p in row if p}
     assert engine.prefixes.nbytes == sum(pages.values()) == engine.state()["kv_bytes"] > 0
     while engine.prefixes.evict():
         pass
