@@ -96,7 +96,7 @@ def test_load_of_a_file(path: Path, load: Load) -> None:
     assert load.attention_macs(1) == 2 * (N + N)
     assert load.attention_macs(100) == (100 + 8) * (N + N)
     assert load.activations == (CHUNK * N + CHUNK * N + N + N) * 4
-    assert load.records == 8 and load.context == 1000 and load.kv == "f16"
+    assert load.records == 8 and load.context == 1000 and load.kv == "k8v8"
 
 
 def test_activations_are_those_of_the_arena(path: Path, load: Load) -> None:
@@ -116,29 +116,29 @@ def test_a_window_bounds_what_is_read(load: Load) -> None:
 
 
 def test_memory_and_the_largest_context(load: Load) -> None:
-    found = fit(load, BOX, 1000)
+    found = fit(load, BOX, 1000, "f16")
     fixed = load.weights + load.activations + load.overhead
     assert found["memory"]["needed"] == fixed + 1000 * 2 * POSITION * 2
     assert found["memory"]["kv"] == 1000 * 2 * POSITION * 2
     assert found["fits"] and found["largest_context"] == 1000  # the model's own limit
     room = 300 * 2 * POSITION * 2
-    small = fit(load, replace(BOX, memory=fixed + room), 301)
+    small = fit(load, replace(BOX, memory=fixed + room), 301, "f16")
     assert not small["fits"] and small["largest_context"] == 300
     assert small["prefill_tokens_per_s"] is None
     assert [(d["tokens_per_s"], d["bound"]) for d in small["decode"]] == [(None, "memory size")] * 2
-    assert fit(load, replace(BOX, memory=fixed + room), 300)["fits"]
-    none = fit(load, replace(BOX, memory=fixed - 1), 1)
+    assert fit(load, replace(BOX, memory=fixed + room), 300, "f16")["fits"]
+    none = fit(load, replace(BOX, memory=fixed - 1), 1, "f16")
     assert not none["fits"] and none["largest_context"] == 0
 
 
 def test_tokens_per_second_by_hand(load: Load) -> None:
     step = 100e-6 + 8e-6
-    slow = fit(load, replace(BOX, bandwidth=1e6), 100)["decode"]
+    slow = fit(load, replace(BOX, bandwidth=1e6), 100, "f16")["decode"]
     assert [d["depth"] for d in slow] == [0, 100]
     assert slow[0]["tokens_per_s"] == pytest.approx(1 / (step + READ / 1e6))
     assert slow[1]["tokens_per_s"] == pytest.approx(1 / (step + (READ + 108 * POSITION * 2) / 1e6))
     assert slow[0]["bound"] == slow[1]["bound"] == "memory bandwidth"
-    weak = fit(load, replace(BOX, int8_peak=1e6, f32_peak=1e6), 100)
+    weak = fit(load, replace(BOX, int8_peak=1e6, f32_peak=1e6), 100, "f16")
     arithmetic = 2 * N * N / 0.25e6 + 108 * 2 * N / 0.25e6
     assert weak["decode"][1]["bound"] == "arithmetic"
     assert weak["decode"][1]["tokens_per_s"] == pytest.approx(1 / (step + arithmetic))
