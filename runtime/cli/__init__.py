@@ -22,7 +22,10 @@ from halfbyte.formats.errors import HalfbyteError
 from halfbyte.runtime.cli.arguments import Parser
 from halfbyte.runtime.cli.terminal import one_line
 
-COMMANDS = ("convert", "run", "serve", "info", "explain", "check", "eval", "bench", "fit", "demo", "doctor")
+COMMANDS = (
+    "pull", "list", "rm", "convert", "run", "serve", "info", "explain", "check", "eval", "bench", "fit", "demo",
+    "doctor",
+)  # fmt: skip
 ERROR, BUG = 2, 70
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from halfbyte.formats.errors import UsageError
+from halfbyte.runtime.library import find
 
 MAX_THREADS = 1024
 
@@ -43,6 +44,13 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def add_file(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """The model: `file` is a path."""
+    parser.add_argument(
+        "file", type=find, metavar="FILE", help="a .hb file, or the name of a pulled model", **options
+    )
 
 
 def add_backend(parser: argparse.ArgumentParser, *threads: str) -> None:

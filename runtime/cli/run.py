@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.cli.arguments import add_backend, add_kv, add_policy, number, whole
+from halfbyte.runtime.cli.arguments import add_backend, add_file, add_kv, add_policy, number, whole
 
 if TYPE_CHECKING:
     from halfbyte.runtime.generate import Generation
@@ -20,7 +20,7 @@ MAX_LOOKUP = 64  # speculate.MAX_DRAFT, without importing NumPy for --help
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; '-' or none: read it from stdin")
     parser.add_argument("--ids", metavar='"1,2,3"', help="token ids as the prompt, instead of text")
     parser.add_argument(

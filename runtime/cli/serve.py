@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.cli.arguments import add_backend, add_kv, add_policy, number, whole
+from halfbyte.runtime.cli.arguments import add_backend, add_file, add_kv, add_policy, number, whole
 from halfbyte.runtime.cli.terminal import printable
 
 HELP = "serve a model over HTTP to any OpenAI client"
@@ -20,7 +20,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `serve`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
