@@ -23,7 +23,7 @@ from halfbyte.runtime.cli.arguments import Parser
 from halfbyte.runtime.cli.terminal import one_line
 
 COMMANDS = (
-    "pull", "list", "rm", "convert", "run", "serve", "info", "explain", "check", "eval", "bench", "fit", "demo",
+    "pull", "list", "rm", "convert", "run", "chat", "serve", "info", "explain", "check", "eval", "bench", "fit", "demo",
     "doctor",
 )  # fmt: skip
 ERROR, BUG = 2, 70

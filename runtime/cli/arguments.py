@@ -53,6 +53,16 @@ def add_file(parser: argparse.ArgumentParser, **options: Any) -> None:
     )
 
 
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    """--draft"""
+    parser.add_argument(
+        "--draft",
+        type=find,
+        metavar="FILE",
+        help="a smaller model of the same tokenizer, which guesses: the same answer, sooner where it guesses well",
+    )
+
+
 def add_backend(parser: argparse.ArgumentParser, *threads: str) -> None:
     """--backend and --threads (with further spellings of it)."""
     parser.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.cli.arguments import add_backend, add_file, add_kv, add_policy, number, whole
+from halfbyte.runtime.cli.arguments import add_backend, add_draft, add_file, add_kv, add_policy, number, whole
 from halfbyte.runtime.cli.terminal import printable
 
 HELP = "serve a model over HTTP to any OpenAI client"
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="guess up to N tokens a step from the text so far; 0 is off (default: 8)",
     )
+    add_draft(parser)
     parser.add_argument("--max-tokens", type=whole(1), metavar="N", help="tokens of an answer at most")
     parser.add_argument(
         "--max-body",
@@ -126,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = load(args.file, args.backend, args.threads, args.kv, args.policy, args.verify)
     _ = model.tokenizer  # a model without one cannot be spoken to
+    draft = None if args.draft is None else load(args.draft, args.backend, args.threads, args.kv, args.policy)
     listening = listen.bind(args.host, args.port)
     engine = Engine(
         model,
@@ -134,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
         memory=args.kv_memory,
         prefix_share=args.prefix_share,
         timeout=args.timeout or None,
+        draft=draft,
     )
     try:
         name = args.name or Path(args.file).stem
