@@ -77,10 +77,24 @@ class Model:
 
     def run(self, step: Step) -> np.ndarray:
         """Execute one step; float32[r, vocab]. Steps of concurrent sessions take turns."""
-        if not all(0 <= i < self.vocab_size for i in step.ids.tolist()):
-            raise UsageError(f"token ids must lie in 0..{self.vocab_size - 1}")
+        self._check(step)
         with self._lock:
             return self.backend.run(step)
+
+    def states(self, step: Step) -> np.ndarray:
+        """Like `run`, but float32[r, width]: the vectors that the logits are made from, and no logits."""
+        self._check(step)
+        with self._lock:
+            return self.backend.run_to_states(step)
+
+    @property
+    def width(self) -> int:
+        """Values of a vector of `states`."""
+        return int(self.file.slots[self.backend.states_slot]["width"])
+
+    def _check(self, step: Step) -> None:
+        if not all(0 <= i < self.vocab_size for i in step.ids.tolist()):
+            raise UsageError(f"token ids must lie in 0..{self.vocab_size - 1}")
 
     def session(self) -> Session:
         """A fresh, empty timeline."""

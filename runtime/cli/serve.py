@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="guess up to N tokens a step from the text so far; 0 is off (default: 8)",
     )
     add_draft(parser)
+    parser.add_argument(
+        "--pooling",
+        choices=("mean", "last"),
+        default="mean",
+        help="of embeddings, over positions (default: mean)",
+    )
     parser.add_argument("--max-tokens", type=whole(1), metavar="N", help="tokens of an answer at most")
     parser.add_argument(
         "--max-body",
@@ -143,7 +149,13 @@ def run(args: argparse.Namespace) -> int:
         service = Service(model, name, args.max_tokens, args.lookup, min(16, args.slots))
         hosts = [*args.allow_host, args.host]
         application = app.create(
-            engine, service, key=key, max_body=args.max_body, hosts=hosts, origins=args.allow_origin
+            engine,
+            service,
+            key=key,
+            max_body=args.max_body,
+            hosts=hosts,
+            origins=args.allow_origin,
+            pooling=args.pooling,
         )
         if key is None and not listen.is_loopback(args.host):
             print("warning: others can reach this address and there is no --api-key", file=sys.stderr)

@@ -359,6 +359,9 @@ def test_lines_of_earlier_chats_come_back(file, tmp_path):
 def test_a_terminating_signal_ends_it(file, tmp_path):
     with terminal(tmp_path, file) as chat:
         chat.until("> ")
+        chat.send("x")
+        chat.until("x")  # only now does the line editor surely wait, where a signal reaches it
+        time.sleep(0.1)
         os.kill(chat.pid, signal.SIGTERM)
         chat.until("terminated")
         assert chat.status() == 128 + signal.SIGTERM
