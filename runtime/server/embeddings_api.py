@@ -91,7 +91,7 @@ class Embeddings:
         texts, total = [], 0
         for i, one in enumerate(given):
             if isinstance(one, str):
-                ids = model.tokenizer.encode(one, special=False)
+                ids = model.tokenizer.encode(one, special=False) if one else []
             elif isinstance(one, list) and all(_is_id(v) and 0 <= v < model.vocab_size for v in one):
                 ids = one
             else:
