@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.library import find
 
 MAX_THREADS = 1024
 
@@ -47,17 +46,14 @@ def number(text: str) -> float:
 
 
 def add_file(parser: argparse.ArgumentParser, **options: Any) -> None:
-    """The model: `file` is a path."""
-    parser.add_argument(
-        "file", type=find, metavar="FILE", help="a .hb file, or the name of a pulled model", **options
-    )
+    """The model: `file`, which `main` makes a path."""
+    parser.add_argument("file", help="a .hb file, or the name of a pulled model", **options)
 
 
 def add_draft(parser: argparse.ArgumentParser) -> None:
     """--draft"""
     parser.add_argument(
         "--draft",
-        type=find,
         metavar="FILE",
         help="a smaller model of the same tokenizer, which guesses: the same answer, sooner where it guesses well",
     )

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="as of `convert` (default: q4, or keep)")
     parser.add_argument("--method", default="auto", metavar="NAME", help="as of `convert`")
     parser.add_argument("--context", type=whole(1, (1 << 31) - 1), metavar="N", help="as of `convert`")
-    parser.add_argument("--file", metavar="NAME", help="one .gguf of the repository, instead of safetensors")
+    parser.add_argument(
+        "--file", dest="gguf", metavar="NAME", help="one .gguf of the repository, instead of safetensors"
+    )
     parser.add_argument("--force", action="store_true", help="convert again even if nothing changed")
     parser.add_argument("--discard", action="store_true", help="delete the download after the conversion")
 
@@ -43,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     if before is not None and before.repo != repo:
         raise UsageError(f"the name {name} is taken by {before.repo}; choose another with --name")
     with Progress("downloading") as progress:
-        found = hub.fetch(repo, revision, args.file, progress)
-    pulled = library.Pulled(repo, found.commit, args.recipe, args.method, args.file)
+        found = hub.fetch(repo, revision, args.gguf, progress)
+    pulled = library.Pulled(repo, found.commit, args.recipe, args.method, args.gguf)
     if before == pulled and not args.force:
         print(f"{name} is up to date: {printable(out)}")
         return 0
