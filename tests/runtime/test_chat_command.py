@@ -310,6 +310,11 @@ THINKING = (
 )
 
 
+def no_end(weights: dict[str, Any]) -> None:
+    """Logits of 0 for what ends answers: never the highest."""
+    weights["lm_head.weight"][[2, 4]] = 0
+
+
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of a large context that thinks without an end."""
