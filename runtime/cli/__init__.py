@@ -21,8 +21,12 @@ import halfbyte
 from halfbyte.formats.errors import HalfbyteError
 from halfbyte.runtime.cli.arguments import Parser
 from halfbyte.runtime.cli.terminal import one_line
+from halfbyte.runtime.library import find
 
-COMMANDS = ("convert", "run", "serve", "info", "explain", "check", "eval", "bench", "fit", "demo", "doctor")
+COMMANDS = (
+    "pull", "list", "rm", "convert", "run", "chat", "serve", "info", "explain", "check", "eval", "bench", "fit", "demo",
+    "doctor",
+)  # fmt: skip
 ERROR, BUG = 2, 70
 
 
@@ -88,6 +92,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if args.command is None:
         top.print_help(sys.stderr)
         return ERROR
+    for name in ("file", "draft"):  # of a model: a path, or the name of one that was pulled
+        if getattr(args, name, None) is not None:
+            setattr(args, name, find(getattr(args, name)))
     return args.run(args)
 
 

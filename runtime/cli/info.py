@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.runtime.cli.arguments import add_json
+from halfbyte.runtime.cli.arguments import add_file, add_json
 from halfbyte.runtime.cli.terminal import print_json, print_table, printable, size
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ HELP = "show what a .hb file holds"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `info`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     add_json(parser)
 
 
