@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.kv import KV, PAGE
@@ -126,6 +127,7 @@ class Engine:
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
+            "resident_bytes": psutil.Process().memory_info().rss,
             "kv_bytes": self.memory.held,
             "kv_limit_bytes": self.memory.limit,
             "prefix_entries": len(self.prefixes),
