@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from halfbyte.converter.allocation.table import Table
     from halfbyte.converter.builder import Builder
     from halfbyte.converter.checkpoints.checkpoint import Checkpoint
+    from halfbyte.converter.proof import Prover
     from halfbyte.formats.metadata import Value
 
 __all__ = ["convert"]
@@ -38,6 +39,8 @@ def convert(
     max_bytes: int | str | None = None,
     max_kld: float | None = None,
     heldout: str | os.PathLike[str] | None = None,
+    proof: bool | None = None,
+    save_heldout: str | os.PathLike[str] | None = None,
     on_plan: Callable[[Table], None] | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -58,6 +61,10 @@ def convert(
     float model in nats a token on the text heldout (default: part of the calibration text, then not calibrated on).
     save_plan: where to write the plan that was used; on_plan is called with it.
 
+    proof: measure how close the file is to the float model and write that into it (section PROF; see `halfbyte report`):
+    on the text heldout, else on text that a small model writes itself, else on a built-in one; save_heldout: where
+    to write that text. None measures small models only, False writes no proof at all.
+
     Raises CheckpointError, TokenizerError or UsageError, each in one line.
     """
     from halfbyte.converter import allocate, models
@@ -66,6 +73,7 @@ def convert(
     from halfbyte.converter.builder import Builder
     from halfbyte.converter.checkpoints import open_checkpoint
     from halfbyte.converter.plan import Plan
+    from halfbyte.converter.proof import prover
     from halfbyte.converter.recipe import check_method
     from halfbyte.converter.recipe import recipe as recipe_named
     from halfbyte.converter.weights import Weights
@@ -129,9 +137,15 @@ def convert(
         )
         how.prepare(out.parent, progress)
         meta["quantization.method"] = how.method
+        asked = {"smooth": smooth, "rotate": rotate, "context": context, "target_bits": target_bits}
+        asked |= {"max_bytes": goal.nbytes, "max_kld": max_kld}
+        prove = prover(
+            how, proof, asked, heldout=heldout, save=save_heldout, calibrate=calibrate, plan_file=plan, progress=progress
+        )
 
-        def write(path: Path, report: Callable[[str, int], None]) -> None:
-            assemble(b, path, meta, json, template, report, how.weights, how.quantizer(out.parent, progress))
+        def write(path: Path, report: Callable[[str, int], None], prove: Prover | None = None) -> None:
+            quantize = how.quantizer(out.parent, progress)
+            assemble(b, path, meta, json, template, report, how.weights, quantize, prove)
 
         if goal:
             held_out = (
@@ -142,7 +156,7 @@ def convert(
             used = allocate.choose(
                 b, goal, how.method, how.sequences(out.parent), how.weights, meta, out.parent,
                 held_out=held_out,
-                length=lambda: length(b, meta, json, template),
+                length=lambda: length(b, meta, json, template, prove.room() if prove else 0),
                 convert=lambda path: write(path, lambda name, weights: None),
                 progress=progress,
             )  # fmt: skip
@@ -152,7 +166,7 @@ def convert(
             used.save(Path(save_plan))
         if on_plan:
             on_plan(used)
-        write(out, report)
+        write(out, report, prove)
     return out
 
 

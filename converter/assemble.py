@@ -17,6 +17,7 @@ from halfbyte.converter.checkpoints.checkpoint import Packed
 from halfbyte.converter.recipe import Storage
 from halfbyte.converter.weights import Weights, check_finite
 from halfbyte.formats import encodings, tiles
+from halfbyte.formats.container import SECTION_ALIGNMENT
 from halfbyte.formats.errors import CheckpointError
 from halfbyte.formats.metadata import Value
 from halfbyte.formats.writer import TensorSpec, Writer
@@ -36,16 +37,18 @@ def assemble(
     progress: Callable[[str, int], None],
     weights: Weights | None = None,
     quantize: Callable[[Write], set[int]] | None = None,
+    prove: Callable[[Path], bytes] | None = None,
 ) -> None:
     """Write the file. `progress(tensor name, weights done)` is called after every block.
 
     weights: where float rows come from, by default the builder's checkpoint. quantize(write): quantises some
     matrices by another method than rounding to nearest, hands their planes to `write` and returns their indices.
+    prove(path): the section PROF of the file, which is complete under that path but for it.
 
     Raises CheckpointError for weights that are not finite, HalfbyteError when the disk is full; in
     either case nothing remains under `path`.
     """
-    with _writer(b, path, meta, tokenizer, template) as writer:
+    with _writer(b, path, meta, tokenizer, template, ("PROF",) if prove else ()) as writer:
         for i, t in enumerate(b.tensors):
             if isinstance(t, Vector):
                 writer.write(i, "values", 0, t.values)
@@ -65,6 +68,9 @@ def assemble(
         for i, t in enumerate(b.tensors):
             if isinstance(t, Matrix) and i not in done:
                 encode(t, weights, partial(write_and_report, i))
+        if prove:
+            writer.seal()
+            writer.annotate("PROF", prove(writer.partial))
 
 
 def assemble_float(
@@ -79,7 +85,14 @@ def assemble_float(
         b.tensors = tensors
 
 
-def _writer(b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, template: str) -> Writer:
+def _writer(
+    b: Builder,
+    path: Path,
+    meta: dict[str, Value],
+    tokenizer: bytes,
+    template: str,
+    annotations: tuple[str, ...] = (),
+) -> Writer:
     records, slots, caches = b.finish()
     specs = [
         TensorSpec(t.name, "u32" if t.values.dtype == np.uint32 else "f32", t.shape)
@@ -96,12 +109,14 @@ def _writer(b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, te
         tensors=specs,
         tokenizer=tokenizer,
         template=template,
+        annotations=annotations,
     )
 
 
-def length(b: Builder, meta: dict[str, Value], tokenizer: bytes, template: str) -> int:
-    """Bytes of the file that `assemble` would write."""
-    return _writer(b, Path("unwritten"), meta, tokenizer, template).length
+def length(b: Builder, meta: dict[str, Value], tokenizer: bytes, template: str, proof: int = 0) -> int:
+    """Bytes of the file that `assemble` would write, with a proof of so many bytes."""
+    writer = _writer(b, Path("unwritten"), meta, tokenizer, template, ("PROF",) if proof else ())
+    return tiles.align(writer.length, SECTION_ALIGNMENT) + proof if proof else writer.length
 
 
 def encode(

@@ -67,8 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument(
         "--heldout",
         metavar="FILE",
-        help="text that --max-kld measures on (default: part of the calibration text)",
+        help="text that --max-kld measures on (default: part of the calibration text), and the proof",
     )
+    proof = parser.add_argument_group("the proof in the file, see `halfbyte report`")
+    proof.add_argument(
+        "--proof",
+        action=argparse.BooleanOptionalAction,
+        help="measure how close the file is to the float model, for which that is written aside (default: for models of"
+        " up to 50M weights, or with --heldout; of larger ones only the errors of matrices); --no-proof: write none",
+    )
+    proof.add_argument("--save-heldout", metavar="FILE", help="write the text that was measured on")
     parser.add_argument(
         "--save-plan", metavar="FILE", help="write the plan that was used, to edit and give back"
     )
@@ -101,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
             max_bytes=args.max_bytes,
             max_kld=args.max_kld,
             heldout=args.heldout,
+            proof=args.proof,
+            save_heldout=args.save_heldout,
             on_plan=plans.append,
             progress=progress,
         )

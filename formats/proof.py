@@ -1,0 +1,194 @@
+"""The proof of a file, its section PROF: how close it is to the float model, and what it was made from and how.
+
+Normative with SPEC.md section 13.1. Every number is rounded to DIGITS significant digits, so that the same inputs
+give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from . import annotation, container
+from .errors import FormatError
+
+KIND = "PROF"
+DIGITS = 5
+PER_DECADE, LOWEST, HIGHEST = 4, -8, 2  # bins of the histogram: from 10^LOWEST to 10^HIGHEST nats
+BINS = PER_DECADE * (HIGHEST - LOWEST) + 2
+
+
+def edges() -> np.ndarray:
+    """float64[BINS - 1]: bin i holds KL of edges[i - 1] up to, not including, edges[i]; the outer two are open."""
+    return 10.0 ** (np.arange(BINS - 1) / PER_DECADE + LOWEST)
+
+
+def histogram(kld: np.ndarray) -> tuple[int, ...]:
+    """How many of the divergences (nats) lie in each of the BINS bins."""
+    return tuple(np.bincount(np.searchsorted(edges(), kld, side="right"), minlength=BINS).tolist())
+
+
+def rounded(value: float) -> float:
+    """To DIGITS significant digits."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+@dataclass(frozen=True)
+class MatrixError:
+    """One matrix: bits per weight as stored, and |w - w_hat|^2 / |w|^2 against the float weights that were coded."""
+
+    name: str
+    encoding: str
+    bits: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """What the two models say on a text. kld is KL(float || file) at the logits after each token, in nats.
+
+    text: its name; sha256: of its UTF-8 bytes, '' where it is no text; tokens: predicted ones; ctx: tokens a window;
+    kv, float_kv: modes of the caches of the file and of the float model; kld_histogram: see `histogram`.
+    """
+
+    text: str
+    sha256: str
+    tokens: int
+    ctx: int
+    policy: str
+    kv: str
+    float_kv: str
+    nll: float
+    float_nll: float
+    kld_mean: float
+    kld_p99: float
+    kld_max: float
+    top1_agreement: float
+    kld_histogram: tuple[int, ...] = ()
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity of the file; may be infinite."""
+        return _exp(self.nll)
+
+    @property
+    def float_ppl(self) -> float:
+        """Perplexity of the float model; may be infinite."""
+        return _exp(self.float_nll)
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Proof:
+    """All of it. closeness is None where it was not measured, and why_not then says why.
+
+    tool, format: versions that wrote the file; source, recipe: facts in words, by name (`source["files"]` is a list of
+    {name, bytes, sha256}); bits, error: over all matrices.
+    """
+
+    tool: str = ""
+    format: str = ""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    bits: float = 0.0
+    error: float = 0.0
+    matrices: Sequence[MatrixError] = ()
+    closeness: Closeness | None = None
+    why_not: str = ""
+
+    def encode(self) -> bytes:
+        """The section's bytes. ValueError where a number is not finite."""
+        out = {k: v for k, v in asdict(self).items() if v is not None and v != ""}
+        if self.closeness is not None:
+            ppl = {"ppl": self.closeness.ppl, "float_ppl": self.closeness.float_ppl}
+            out["closeness"] |= {k: v for k, v in ppl.items() if math.isfinite(v)}
+        return annotation.encode(_rounded(out))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return rounded(value)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def read(file: container.File) -> Proof | None:
+    """The proof of a file, None when it has none. Raises FormatError when it is damaged or makes no sense."""
+    value = annotation.read(file, KIND)
+    if value is None:
+        return None
+    try:
+        return decode(value)
+    except FormatError as error:
+        raise FormatError(f"{file.path}: section {KIND}: {error}") from None
+
+
+def decode(value: Mapping[str, Any]) -> Proof:
+    """A proof from its JSON object; unknown keys are ignored. Raises FormatError for a value of the wrong type."""
+    known = _known(Proof, value)
+    items = known.pop("matrices", [])
+    known["matrices"] = tuple(_record(MatrixError, v, "matrices") for v in items)
+    if "closeness" in known:
+        found = _record(Closeness, known["closeness"], "closeness")
+        counts = found.kld_histogram
+        if len(counts) not in (0, BINS) or not all(type(n) is int and n >= 0 for n in counts):
+            raise FormatError(f"kld_histogram is not {BINS} counts")
+        known["closeness"] = found
+    return Proof(**known)
+
+
+# The annotations of the classes above, as they are written there, and the JSON types that may stand for them.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "tuple[int, ...]": (list,),
+    "Sequence[MatrixError]": (list,),
+    "Mapping[str, Any]": (dict,),
+    "Closeness | None": (dict,),
+}
+
+
+def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for f in fields(cls):
+        if f.name not in value:
+            continue
+        v, types = value[f.name], _TYPES[str(f.type)]
+        if not isinstance(v, types) or isinstance(v, bool):
+            raise FormatError(f"{f.name} is of the wrong type")
+        if float in types:
+            v = _float(v, f.name)
+        out[f.name] = tuple(v) if str(f.type).startswith("tuple") else v
+    return out
+
+
+def _float(v: int | float, name: str) -> float:
+    try:
+        return float(v)
+    except OverflowError:  # a JSON integer may have any length
+        raise FormatError(f"{name} is out of range") from None
+
+
+def _record(cls: type, value: object, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: not an object")
+    try:
+        known = _known(cls, value)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+    missing = [f.name for f in fields(cls) if f.name not in known and f.name != "kld_histogram"]
+    if missing:
+        raise FormatError(f"{where}: {missing[0]} is missing")
+    return cls(**known)
