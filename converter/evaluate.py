@@ -18,7 +18,7 @@ import numpy as np
 from halfbyte.converter import models
 from halfbyte.converter.assemble import assemble
 from halfbyte.converter.builder import Builder
-from halfbyte.converter.calibrate import LENGTH, own_text, sequences, tokenizer_of
+from halfbyte.converter.calibrate import LENGTH, sequences, tokenizer_of
 from halfbyte.converter.plan import Plan, Progress
 from halfbyte.converter.recipe import Recipe, Storage
 from halfbyte.formats.errors import HalfbyteError, UsageError
@@ -26,10 +26,9 @@ from halfbyte.formats.proof import BINS, Closeness, histogram
 
 BUILT_IN = Path(__file__).parent / "calibration" / "heldout.txt"
 OWN, OURS = "the model's own text", "built-in text"
-SEED, TOKENS = 1, 4096  # of the model's own text; calibration has seed 0
+SEED, TOKENS, STREAMS = 1, 4096, 8  # of the model's own text, written in so many streams; calibration has seed 0
 FLOATS = ("f32", "f16", "bf16")
 NOT_FINITE = "the model's output is not finite"
-TOO_SHORT = "the text is too short: it needs at least two tokens"
 
 
 @dataclass(frozen=True)
@@ -96,14 +95,13 @@ def measure(
     ctx = min(LENGTH, model.context_length)
     if ctx < 2:
         raise UsageError("the context holds no two tokens")
-    choices = [heldout] if heldout else [_own(float_path, ctx)] if own else []
-    choices.append(HeldOut.of(OURS, BUILT_IN.read_text(encoding="utf-8")))
-    for text in filter(None, choices):
-        parts = text.ids or windows(model, text.text, ctx)
-        if parts:
-            break
-    else:
-        raise UsageError(TOO_SHORT)
+    text = heldout or HeldOut.of(OWN, own_text(float_path) if own else "")
+    parts = text.ids or windows(model, text.text, ctx)
+    if not parts and not heldout:
+        text = HeldOut.of(OURS, BUILT_IN.read_text(encoding="utf-8"))
+        parts = windows(model, text.text, ctx)
+    if not parts:
+        raise UsageError("the text is too short: it needs at least two tokens")
 
     def report(done: int, total: int) -> None:
         if progress:
@@ -132,18 +130,38 @@ def measure(
     )
 
 
-def _own(float_path: Path, ctx: int) -> HeldOut | None:
-    """What the float model writes, its documents apart by a blank line; None where it writes nothing."""
+def own_text(path: Path) -> str:
+    """What the model of a float file writes: documents sampled at temperature 1, with a blank line between them.
+
+    Unlike in calibration (`calibrate.own_text`) each document starts from nothing, as the model's own do. Empty for a
+    tokenizer without BOS and end token.
+    """
+    from halfbyte.runtime.backends.backend import Step
     from halfbyte.runtime.model import load
 
-    ids = own_text(float_path, ctx, -(-TOKENS // ctx), SEED)
-    tokenizer = load(float_path).tokenizer
+    model = load(path, policy="f32", kv="f32")
+    start = model.tokenizer.bos_id
+    start = next(iter(model.eos_ids), None) if start is None else start
+    if start is None:
+        return ""
+    ends = {start, *model.eos_ids}
+    length = min(LENGTH, model.context_length)
+    random = np.random.default_rng(SEED)
+    rows = np.arange(STREAMS, dtype=np.int32)
+    streams, kvs = [[start] for _ in rows], [model.new_kv() for _ in rows]
     documents = []
-    for sequence in ids:
-        ends = [i for i, token in enumerate(sequence) if token == sequence[0]] + [len(sequence)]
-        documents += [tokenizer.decode(sequence[a + 1 : z]).strip() for a, z in zip(ends, ends[1:])]
-    text = "\n\n".join(filter(None, documents))
-    return HeldOut.of(OWN, text) if text else None
+    for step in range(TOKENS // STREAMS):
+        positions = np.array([len(s) - 1 for s in streams], np.int32)
+        for kv, position in zip(kvs, positions.tolist()):
+            kv.reserve(position + 1, position)
+        ids = np.array([s[-1] for s in streams], np.int32)
+        logits = model.run(Step(ids, positions, rows, rows, kvs))
+        for i, token in enumerate((logits + random.gumbel(size=logits.shape)).argmax(axis=1).tolist()):
+            streams[i] += [] if token in ends else [token]
+            if token in ends or len(streams[i]) == length or step == TOKENS // STREAMS - 1:
+                documents.append(model.tokenizer.decode(streams[i][1:]).strip())
+                streams[i], kvs[i] = [start], model.new_kv()
+    return "\n\n".join(filter(None, documents))
 
 
 def _save(path: Path, text: str) -> None:
