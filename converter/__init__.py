@@ -140,7 +140,7 @@ def convert(
         asked = {"smooth": smooth, "rotate": rotate, "context": context, "target_bits": target_bits}
         asked |= {"max_bytes": goal.nbytes, "max_kld": max_kld}
         prove = prover(
-            how, proof, asked, heldout=heldout, save=save_heldout, calibrate=calibrate, plan_file=plan, progress=progress
+            how, checkpoint, proof, asked, heldout=heldout, save=save_heldout, calibrate=calibrate, plan_file=plan, progress=progress
         )
 
         def write(path: Path, report: Callable[[str, int], None], prove: Prover | None = None) -> None:

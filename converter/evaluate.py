@@ -19,6 +19,7 @@ from halfbyte.converter import models
 from halfbyte.converter.assemble import assemble
 from halfbyte.converter.builder import Builder
 from halfbyte.converter.calibrate import LENGTH, sequences, tokenizer_of
+from halfbyte.converter.checkpoints.checkpoint import Checkpoint
 from halfbyte.converter.plan import Plan, Progress
 from halfbyte.converter.recipe import Recipe, Storage
 from halfbyte.formats.errors import HalfbyteError, UsageError
@@ -64,9 +65,9 @@ class _AsTrained(Recipe):
         return Storage(own if own in FLOATS else self.name)
 
 
-def write_float(plan: Plan, path: Path, small: bool) -> None:
+def write_float(plan: Plan, checkpoint: Checkpoint, path: Path, small: bool) -> None:
     """Write the model of a conversion as it was trained."""
-    b = Builder(plan.b.checkpoint, _AsTrained("f32" if small else "f16"), plan.b.context)
+    b = Builder(checkpoint, _AsTrained("f32" if small else "f16"), plan.b.context)
     models.build(b)
     assemble(b, path, plan.meta, plan.tokenizer, plan.template, lambda name, count: None)
 
@@ -74,6 +75,7 @@ def write_float(plan: Plan, path: Path, small: bool) -> None:
 def measure(
     path: Path,
     plan: Plan,
+    checkpoint: Checkpoint,
     folder: Path,
     *,
     heldout: HeldOut | None,
@@ -81,7 +83,7 @@ def measure(
     save: Path | None,
     progress: Progress | None,
 ) -> Closeness:
-    """Compare the file at `path` with its float model, written to `folder`.
+    """Compare the file at `path` with the float model of its checkpoint, written to `folder`.
 
     heldout: the text, by default the float model's `own` where it writes one, else ours. Raises HalfbyteError.
     """
@@ -90,7 +92,7 @@ def measure(
     from halfbyte.runtime.model import load
 
     float_path = folder / "float.hb"
-    write_float(plan, float_path, own)
+    write_float(plan, checkpoint, float_path, own)
     model, against = load(path), load(float_path)
     ctx = min(LENGTH, model.context_length)
     if ctx < 2:
@@ -122,6 +124,8 @@ def measure(
         float_kv=against.kv_mode,
         nll=found["nll_per_token"],
         float_nll=found["against_nll_per_token"],
+        ppl=found["ppl"],
+        float_ppl=found["against_ppl"],
         kld_mean=found["kld_mean"],
         kld_p99=found["kld_p99"],
         kld_max=found["kld_max"],
@@ -188,6 +192,8 @@ def widest(heldout: HeldOut | None, number: float) -> Closeness:
         float_kv="f16",
         nll=number,
         float_nll=number,
+        ppl=number,
+        float_ppl=number,
         kld_mean=number,
         kld_p99=number,
         kld_max=number,

@@ -35,6 +35,7 @@ NO_TOKENIZER = "the model has no tokenizer"
 
 def prover(
     plan: Plan,
+    checkpoint: Checkpoint,
     wanted: bool | None,
     options: Mapping[str, Any],
     *,
@@ -49,6 +50,7 @@ def prover(
         return None
     return Prover(
         plan,
+        checkpoint,
         options,
         measure=wanted,
         heldout=None if heldout is None else Path(heldout),
@@ -60,7 +62,7 @@ def prover(
 class Prover:
     """Made before anything is written, so that a held-out text that cannot be used is found at once.
 
-    plan: the conversion. options: of its recipe, by name, what was asked for. measure: compare answers with the float
+    plan: the conversion; checkpoint: what it started from, with nothing folded in. options: of its recipe, by name, what was asked for. measure: compare answers with the float
     model; None does so for models of up to OWN_TEXT_WEIGHTS weights. heldout: the text to do it on, which says
     measure; by default what the float model writes itself (small models), else a text of ours. save: where to write
     the text that was used; calibrate, plan: files that the conversion used, if any. Raises UsageError.
@@ -69,6 +71,7 @@ class Prover:
     def __init__(
         self,
         plan: Plan,
+        checkpoint: Checkpoint,
         options: Mapping[str, Any],
         *,
         measure: bool | None = None,
@@ -80,7 +83,7 @@ class Prover:
     ):
         from halfbyte.converter import evaluate
 
-        self.plan, self.save, self.progress = plan, save, progress
+        self.plan, self.checkpoint, self.save, self.progress = plan, checkpoint, save, progress
         self.options = {k: v for k, v in options.items() if v}
         for what, path in (("calibrate", calibrate), ("plan", plan_file)):
             if path is not None:
@@ -126,9 +129,7 @@ class Prover:
             for t in matrices(self.plan.b)
         ]
         widest = {} if self.why_not else {"closeness": evaluate.widest(self.heldout, WIDEST)}
-        made = self._made(None, found, WIDEST)
-        perplexities = 2 * len(repr(WIDEST))  # they follow from nll, and of WIDEST that is short
-        return len(proof.Proof(**made, **widest, why_not=self.why_not).encode()) + perplexities
+        return len(proof.Proof(**self._made(None, found, WIDEST), **widest, why_not=self.why_not).encode())
 
     def _made(
         self, file: container.File | None, found: list[proof.MatrixError], error: float
@@ -141,9 +142,9 @@ class Prover:
             "tool": f"halfbyte {meta.get('general.tool_version', '')}",
             "format": ".".join(map(str, version)),
             "source": {
-                "format": b.checkpoint.format,
+                "format": self.checkpoint.format,
                 "digest": str(meta.get("general.source_digest", "")),
-                "files": _files(b.checkpoint, hashes=file is not None),
+                "files": _files(self.checkpoint, hashes=file is not None),
             },
             "recipe": named | self.options,
             "bits": 8 * sum(map(bytes_of, matrices(b))) / total if total else 0.0,
@@ -159,13 +160,14 @@ class Prover:
                 return evaluate.measure(
                     path,
                     self.plan,
+                    self.checkpoint,
                     Path(folder),
                     heldout=self.heldout,
                     own=self.small,
                     save=self.save,
                     progress=self.progress,
                 )
-            except (HalfbyteError, OSError) as error:
+            except HalfbyteError as error:
                 raise type(error)(str(error).replace(f"{folder}/", "")) from None
 
 

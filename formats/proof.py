@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,8 @@ class Closeness:
     """What the two models say on a text. kld is KL(float || file) at the logits after each token, in nats.
 
     text: its name; sha256: of its UTF-8 bytes, '' where it is no text; tokens: predicted ones; ctx: tokens a window;
-    kv, float_kv: modes of the caches of the file and of the float model; kld_histogram: see `histogram`.
+    kv, float_kv: modes of the caches of the file and of the float model; kld_histogram: see `histogram`; ppl, float_ppl:
+    perplexities, which may be too large for a number.
     """
 
     text: str
@@ -69,23 +70,8 @@ class Closeness:
     kld_max: float
     top1_agreement: float
     kld_histogram: tuple[int, ...] = ()
-
-    @property
-    def ppl(self) -> float:
-        """Perplexity of the file; may be infinite."""
-        return _exp(self.nll)
-
-    @property
-    def float_ppl(self) -> float:
-        """Perplexity of the float model; may be infinite."""
-        return _exp(self.float_nll)
-
-
-def _exp(x: float) -> float:
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf
+    ppl: float = math.inf
+    float_ppl: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -110,8 +96,7 @@ class Proof:
         """The section's bytes. ValueError where a number is not finite."""
         out = {k: v for k, v in asdict(self).items() if v is not None and v != ""}
         if self.closeness is not None:
-            ppl = {"ppl": self.closeness.ppl, "float_ppl": self.closeness.float_ppl}
-            out["closeness"] |= {k: v for k, v in ppl.items() if math.isfinite(v)}
+            out["closeness"] = {k: v for k, v in out["closeness"].items() if v != math.inf}
         return annotation.encode(_rounded(out))
 
 
@@ -188,7 +173,7 @@ def _record(cls: type, value: object, where: str) -> Any:
         known = _known(cls, value)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
-    missing = [f.name for f in fields(cls) if f.name not in known and f.name != "kld_histogram"]
+    missing = [f.name for f in fields(cls) if f.name not in known and f.default is MISSING]
     if missing:
         raise FormatError(f"{where}: {missing[0]} is missing")
     return cls(**known)

@@ -10,6 +10,7 @@ from typing import Any
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.cli.arguments import add_json, number, whole
+from halfbyte.runtime.cli.report import of_file
 from halfbyte.runtime.cli.terminal import Progress, print_json, print_table, printable, size
 
 HELP = "convert a checkpoint to a .hb file"
@@ -138,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
             f"{printable(out)}: {size(facts['file_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight,"
             f" {seconds:.1f} s"
         )
+        if (proof := of_file(file)) is not None:
+            print(f"{proof} (see halfbyte report)")
     if "TOKN" not in file.sections:
         print("no tokenizer was found: the model takes token ids only (see --tokenizer)", file=sys.stderr)
     return 0

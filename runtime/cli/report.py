@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.formats.errors import UsageError
+from halfbyte.formats.errors import FormatError, UsageError
 from halfbyte.runtime.cli.arguments import add_json
 from halfbyte.runtime.cli.terminal import print_json, print_table, printable, size
 
@@ -43,14 +43,19 @@ def run(args: argparse.Namespace) -> int:
 
 def facts(file: File, proof: Proof) -> dict[str, Any]:
     """Everything `report --json` prints: the section PROF, and the file it is in."""
-    out = {"file": str(file.path), "file_bytes": len(file.bytes), "digest": file.digest.hex(), **asdict(proof)}
-    if proof.closeness is not None:
-        out["closeness"] |= {"ppl": proof.closeness.ppl, "float_ppl": proof.closeness.float_ppl}
-    return out
+    return {"file": str(file.path), "file_bytes": len(file.bytes), "digest": file.digest.hex(), **asdict(proof)}
 
 
-def in_short(proof: Proof) -> str:
-    """One line about a proof, for `info` and `convert`."""
+def of_file(file: File) -> str | None:
+    """One line about the proof of a file, None where it has none; a damaged one does not make the file unreadable."""
+    from halfbyte.formats.proof import read
+
+    try:
+        proof = read(file)
+    except FormatError as error:
+        return str(error).removeprefix(f"{file.path}: ")
+    if proof is None:
+        return None
     c = proof.closeness
     if c is None:
         return f"error {proof.error:.3g} of the weights; answers not measured: {proof.why_not or 'no reason given'}"

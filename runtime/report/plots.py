@@ -100,7 +100,7 @@ def ticks(high: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    return f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:g}" if not value or 1e-3 <= value < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _frame(d: Drawing, y: Scale, values: Iterable[float], title: str) -> None:
@@ -217,7 +217,7 @@ def kl_histogram(c: proof.Closeness) -> str:
         if first - 1 <= edge <= last:
             d.line(x(edge), y(0), x(edge), y(0) + 4, "tickmark")
             d.text(x(edge), HEIGHT - BOTTOM + 18, _short(10.0 ** (k + proof.LOWEST)))
-    for value, name in ((c.kld_mean, "mean"), (c.kld_p99, "99 %")):
+    for value, name in ((c.kld_mean, "mean"), (c.kld_p99, "99 % below")):
         if value > 0:
             at = (math.log10(value) - proof.LOWEST) * proof.PER_DECADE
             if first - 1 <= at <= last:
