@@ -61,9 +61,9 @@ def convert(
     float model in nats a token on the text heldout (default: part of the calibration text, then not calibrated on).
     save_plan: where to write the plan that was used; on_plan is called with it.
 
-    proof: measure how close the file is to the float model and write that into it (section PROF; see `halfbyte report`):
-    on the text heldout, else on text that a small model writes itself, else on a built-in one; save_heldout: where
-    to write that text. None measures small models only, False writes no proof at all.
+    proof: measure how close the file is to the float model and write that into it (section PROF; see `halfbyte
+    report`): on the text heldout, else on text that a small model writes itself, else on a built-in one; save_heldout:
+    where to write that text. None measures small models only, False writes no proof at all.
 
     Raises CheckpointError, TokenizerError or UsageError, each in one line.
     """
@@ -137,11 +137,11 @@ def convert(
         )
         how.prepare(out.parent, progress)
         meta["quantization.method"] = how.method
-        asked = {"smooth": smooth, "rotate": rotate, "context": context, "target_bits": target_bits}
-        asked |= {"max_bytes": goal.nbytes, "max_kld": max_kld}
         prove = prover(
-            how, checkpoint, proof, asked, heldout=heldout, save=save_heldout, calibrate=calibrate, plan_file=plan, progress=progress
-        )
+            how, checkpoint, proof, {"smooth": smooth, "rotate": rotate, "context": context},
+            heldout=heldout, unused=heldout is not None and max_kld is None,
+            save=save_heldout, calibrate=calibrate, progress=progress,
+        )  # fmt: skip
 
         def write(path: Path, report: Callable[[str, int], None], prove: Prover | None = None) -> None:
             quantize = how.quantizer(out.parent, progress)

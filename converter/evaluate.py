@@ -27,7 +27,11 @@ from halfbyte.formats.proof import BINS, Closeness, histogram
 
 BUILT_IN = Path(__file__).parent / "calibration" / "heldout.txt"
 OWN, OURS = "the model's own text", "built-in text"
-SEED, TOKENS, STREAMS = 1, 4096, 8  # of the model's own text, written in so many streams; calibration has seed 0
+SEED, TOKENS, STREAMS = (
+    1,
+    4096,
+    8,
+)  # of the model's own text, written in so many streams; calibration has seed 0
 FLOATS = ("f32", "f16", "bf16")
 NOT_FINITE = "the model's output is not finite"
 

@@ -40,12 +40,16 @@ def prover(
     options: Mapping[str, Any],
     *,
     heldout: str | os.PathLike[str] | None,
+    unused: bool,
     save: str | os.PathLike[str] | None,
     **inputs: Any,
 ) -> Prover | None:
-    """What proves a conversion, None where no proof is `wanted`; see `Prover`. Raises UsageError."""
+    """What proves a conversion, None where no proof is `wanted`; see `Prover`. Raises UsageError.
+
+    unused: whether the proof is all that the held-out text is for.
+    """
     if wanted is False:
-        if save is not None or (heldout is not None and not options.get("max_kld")):
+        if save is not None or unused:
             raise UsageError("--heldout and --save-heldout are for the proof, which --no-proof leaves out")
         return None
     return Prover(
@@ -62,10 +66,11 @@ def prover(
 class Prover:
     """Made before anything is written, so that a held-out text that cannot be used is found at once.
 
-    plan: the conversion; checkpoint: what it started from, with nothing folded in. options: of its recipe, by name, what was asked for. measure: compare answers with the float
-    model; None does so for models of up to OWN_TEXT_WEIGHTS weights. heldout: the text to do it on, which says
-    measure; by default what the float model writes itself (small models), else a text of ours. save: where to write
-    the text that was used; calibrate, plan: files that the conversion used, if any. Raises UsageError.
+    plan: the conversion; checkpoint: what it started from, with nothing folded in. options: what was asked for besides
+    recipe and method, by name. measure: compare answers with the float model; None does so for models of up to
+    OWN_TEXT_WEIGHTS weights. heldout: the text to do it on, which says measure; by default what the float model writes
+    itself (small models), else a text of ours. save: where to write the text that was used; calibrate: the text of the
+    calibration, if one was given. Raises UsageError.
     """
 
     def __init__(
@@ -78,16 +83,15 @@ class Prover:
         heldout: Path | None = None,
         save: Path | None = None,
         calibrate: str | os.PathLike[str] | None = None,
-        plan_file: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ):
         from halfbyte.converter import evaluate
 
         self.plan, self.checkpoint, self.save, self.progress = plan, checkpoint, save, progress
         self.options = {k: v for k, v in options.items() if v}
-        for what, path in (("calibrate", calibrate), ("plan", plan_file)):
-            if path is not None:
-                self.options[what] = {"name": Path(path).name, "sha256": sha256_of(Path(path))}
+        if calibrate is not None:
+            text = Path(calibrate)
+            self.options["calibrate"] = {"name": text.name, "sha256": sha256_of(text)}
         weights = sum(int(np.prod(t.shape)) for t in plan.b.tensors)
         self.small = weights <= OWN_TEXT_WEIGHTS
         self.why_not = ""
@@ -193,7 +197,9 @@ def _squares(
 ) -> tuple[float, float]:
     """Sums of |w - w_hat|^2 and |w|^2."""
     off = norm = 0.0
-    for block in spans(t.shape[0], max(tiles.PANEL, BLOCK_WEIGHTS // t.shape[1] // tiles.PANEL * tiles.PANEL)):
+    for block in spans(
+        t.shape[0], max(tiles.PANEL, BLOCK_WEIGHTS // t.shape[1] // tiles.PANEL * tiles.PANEL)
+    ):
         w = weights.rows(t, block.start, block.stop)
         off += float(((w - file.dequantize(stored, block.start, block.stop)) ** 2).sum(dtype=np.float64))
         norm += float((w**2).sum(dtype=np.float64))

@@ -52,8 +52,8 @@ class Closeness:
     """What the two models say on a text. kld is KL(float || file) at the logits after each token, in nats.
 
     text: its name; sha256: of its UTF-8 bytes, '' where it is no text; tokens: predicted ones; ctx: tokens a window;
-    kv, float_kv: modes of the caches of the file and of the float model; kld_histogram: see `histogram`; ppl, float_ppl:
-    perplexities, which may be too large for a number.
+    kv, float_kv: modes of the caches of the file and of the float model; kld_histogram: see `histogram`; ppl,
+    float_ppl: perplexities, which may be too large for a number.
     """
 
     text: str
@@ -127,7 +127,7 @@ def decode(value: Mapping[str, Any]) -> Proof:
     if "closeness" in known:
         found = _record(Closeness, known["closeness"], "closeness")
         counts = found.kld_histogram
-        if len(counts) not in (0, BINS) or not all(type(n) is int and n >= 0 for n in counts):
+        if len(counts) not in (0, BINS) or not all(type(n) is int and 0 <= n <= found.tokens for n in counts):
             raise FormatError(f"kld_histogram is not {BINS} counts")
         known["closeness"] = found
     return Proof(**known)
@@ -143,6 +143,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "Mapping[str, Any]": (dict,),
     "Closeness | None": (dict,),
 }
+_RANGES = {
+    "bits": (0, 64),
+    "error": (0, math.inf),
+    "top1_agreement": (0, 1),
+    "tokens": (1, 1 << 62),
+    "ctx": (2, 1 << 31),
+}
 
 
 def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +162,8 @@ def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
             raise FormatError(f"{f.name} is of the wrong type")
         if float in types:
             v = _float(v, f.name)
+        if f.name in _RANGES and not _RANGES[f.name][0] <= v <= _RANGES[f.name][1]:
+            raise FormatError(f"{f.name} is out of range")
         out[f.name] = tuple(v) if str(f.type).startswith("tuple") else v
     return out
 

@@ -22,7 +22,20 @@ from halfbyte.formats.errors import HalfbyteError
 from halfbyte.runtime.cli.arguments import Parser
 from halfbyte.runtime.cli.terminal import one_line
 
-COMMANDS = ("convert", "run", "serve", "info", "explain", "check", "eval", "bench", "fit", "report", "demo", "doctor")
+COMMANDS = (
+    "convert",
+    "run",
+    "serve",
+    "info",
+    "explain",
+    "check",
+    "eval",
+    "bench",
+    "fit",
+    "report",
+    "demo",
+    "doctor",
+)
 ERROR, BUG = 2, 70
 
 

@@ -43,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
 def facts(file: File, proof: Proof) -> dict[str, Any]:
     """Everything `report --json` prints: the section PROF, and the file it is in."""
-    return {"file": str(file.path), "file_bytes": len(file.bytes), "digest": file.digest.hex(), **asdict(proof)}
+    return {
+        "file": str(file.path),
+        "file_bytes": len(file.bytes),
+        "digest": file.digest.hex(),
+        **asdict(proof),
+    }
 
 
 def of_file(file: File) -> str | None:
@@ -117,7 +122,13 @@ def _print(file: File, proof: Proof, matrices: bool) -> None:
     else:
         print_table(
             [
-                (g.label, _encodings(g), f"{g.bits:.3f}", f"{g.error:.4g}", g.worst.kind if len(g.rows) > 1 else "")
+                (
+                    g.label,
+                    _encodings(g),
+                    f"{g.bits:.3f}",
+                    f"{g.error:.4g}",
+                    g.worst.kind if len(g.rows) > 1 else "",
+                )
                 for g in report.groups(found)
             ],
             ("layer", "encodings", "bits", "error", "largest in"),

@@ -108,7 +108,9 @@ def options(found: proof.Proof) -> list[tuple[str, str]]:
         if isinstance(value, dict):
             value = f"{value.get('name', '')} (SHA-256 {value.get('sha256', '')})"
         out.append((name, "yes" if value is True else str(value)))
-    return sorted(out, key=lambda item: ("recipe", "method").index(item[0]) if item[0] in ("recipe", "method") else 2)
+    return sorted(
+        out, key=lambda item: ("recipe", "method").index(item[0]) if item[0] in ("recipe", "method") else 2
+    )
 
 
 def sources(found: proof.Proof) -> list[dict[str, object]]:

@@ -1,7 +1,7 @@
 """The three plots of a report as inline SVG: error by layer, bits by layer, histogram of the KL divergence.
 
-Colours are CSS variables of the page (--s1 ... for series, --ink, --muted, --grid), so that one drawing serves light and
-dark. Every mark carries a <title>, which browsers show on hover and screen readers read.
+Colours are CSS variables of the page (--s1 ... for series, --ink, --muted, --grid), so that one drawing serves
+light and dark. Every mark carries a <title>, which browsers show on hover and screen readers read.
 """
 
 from __future__ import annotations
@@ -86,11 +86,15 @@ class Scale:
 
 def steps(low: float, high: float) -> list[float]:
     """Values of the form 1, 2 or 5 times a power of ten that enclose low..high, both positive."""
-    every = [m * 10.0**e for e in range(-320, 300) for m in (1, 2, 5) if 1e-307 < m * 10.0**e]
+    every = [m * 10.0**e for e in range(-320, 300) for m in (1, 2, 5) if m * 10.0**e > 1e-307]
     below = max((v for v in every if v <= low * (1 + 1e-9)), default=every[0])
     above = min((v for v in every if v >= high * (1 - 1e-9) and v > below), default=every[-1])
     found = [v for v in every if below <= v <= above]
-    return found if len(found) <= 8 else [v for v in found if f"{v:e}".startswith("1")]
+    if len(found) <= 8:
+        return found
+    decades = range(math.floor(math.log10(below) + 1e-9), math.ceil(math.log10(above) - 1e-9) + 1)
+    every_n = math.ceil((len(decades) - 1) / 8)
+    return [10.0**e for e in range(decades[0], decades[-1] + every_n, every_n)]
 
 
 def ticks(high: float) -> list[float]:
@@ -100,7 +104,11 @@ def ticks(high: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    return f"{value:g}" if not value or 1e-3 <= value < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return (
+        f"{value:g}"
+        if not value or 1e-3 <= value < 1e5
+        else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    )
 
 
 def _frame(d: Drawing, y: Scale, values: Iterable[float], title: str) -> None:
@@ -161,7 +169,7 @@ def kinds(columns: Sequence[Group]) -> list[tuple[str, str]]:
     names = list(dict.fromkeys(r.kind for g in columns for r in g.rows if r.layer is not None))
     out = [(f"s{i + 1}", n) for i, n in enumerate(names[:SERIES])]
     others = len(names) > SERIES or any(r.layer is None for g in columns for r in g.rows)
-    return out + ([("other", "others")] if others else [])
+    return out + ([("other", "others" if len(names) > SERIES else "outside the layers")] if others else [])
 
 
 def key(style: str) -> str:
@@ -182,7 +190,14 @@ def bits_by_layer(columns: Sequence[Group], mean: float) -> str:
     for x, g in zip(_layers(d, columns), columns):
         where = f"layer {g.label}" if g.rows[0].layer is not None else g.label
         title = "\n".join([f"{where}: {g.bits:.3f} bits per weight", *map(_matrix, g.rows)])
-        d.bar(x - bar / 2, y(g.bits), bar, y(0) - y(g.bits), title, "bar s1" if g.rows[0].layer is not None else "bar other")
+        d.bar(
+            x - bar / 2,
+            y(g.bits),
+            bar,
+            y(0) - y(g.bits),
+            title,
+            "bar s1" if g.rows[0].layer is not None else "bar other",
+        )
     d.line(LEFT, y(mean), WIDTH - RIGHT, y(mean), "mean")
     d.text(WIDTH - RIGHT, y(mean) - 6, f"all {mean:.3f}", "end", "note")
     return d.svg()

@@ -27,7 +27,9 @@ FIGURES = ("kld_mean", "kld_p99", "kld_max", "top1_agreement")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("m") / "m", config={"eos_token_id": 2, "bos_token_id": 1})
+    folder = write_checkpoint(
+        tmp_path_factory.mktemp("m") / "m", config={"eos_token_id": 2, "bos_token_id": 1}
+    )
     (folder.parent / "t.txt").write_text(TEXT)
     return folder
 
@@ -51,12 +53,16 @@ def check_against_eval(path: Path, reference: Path, text: str) -> None:
     assert c.tokens == got["tokens"]
     for name in FIGURES:
         assert getattr(c, name) == proof.rounded(got[name]), name
-    assert (c.nll, c.float_nll) == tuple(proof.rounded(got[k]) for k in ("nll_per_token", "against_nll_per_token"))
+    assert (c.nll, c.float_nll) == tuple(
+        proof.rounded(got[k]) for k in ("nll_per_token", "against_nll_per_token")
+    )
     assert (c.ppl, c.float_ppl) == tuple(proof.rounded(got[k]) for k in ("ppl", "against_ppl"))
     assert sum(c.kld_histogram) == c.tokens and c.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("how", [{"method": "rtn"}, {"method": "rtn", "rotate": True}, {"recipe": "q8"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"method": "rtn"}, {"method": "rtn", "rotate": True}, {"recipe": "q8"}], ids=str
+)
 def test_eval_gives_the_same_figures(checkpoint: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     """On the model's own text, also where something was folded in: the reference is the model as it was trained."""
     out = halfbyte.convert(checkpoint, tmp_path / "m.hb", save_heldout=tmp_path / "own.txt", **how)
@@ -80,7 +86,11 @@ def test_chats_are_rendered(tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps([{"role": "user", "content": "the dog ran"}]) + "\n")
     c = close(halfbyte.convert(folder, tmp_path / "m.hb", method="rtn", heldout=chats))
-    assert c.text == "chats.jsonl" and c.sha256 == hashlib.sha256(chats.read_bytes()).hexdigest() and c.tokens > 5
+    assert (
+        c.text == "chats.jsonl"
+        and c.sha256 == hashlib.sha256(chats.read_bytes()).hexdigest()
+        and c.tokens > 5
+    )
     with pytest.raises(UsageError, match="--save-heldout"):
         halfbyte.convert(folder, tmp_path / "n.hb", method="rtn", heldout=chats, save_heldout=tmp_path / "t")
 
@@ -89,7 +99,9 @@ def test_a_model_that_writes_nothing_is_measured_on_our_text(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without BOS and end token it cannot start."""
-    monkeypatch.setattr(Tokenizer, "bos_id", property(lambda self: None, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        Tokenizer, "bos_id", property(lambda self: None, lambda self, value: None), raising=False
+    )
     monkeypatch.setattr(Model, "eos_ids", [])
     c = close(halfbyte.convert(checkpoint, tmp_path / "m.hb", method="rtn", save_heldout=tmp_path / "t.txt"))
     assert c.text == converter_evaluate.OURS
@@ -153,7 +165,9 @@ def test_the_same_bytes_on_one_processor_and_elsewhere(checkpoint: Path, tmp_pat
         "halfbyte.convert(sys.argv[1], sys.argv[2], method='rtn')"
     )
     out = tmp_path / "other" / "n.hb"
-    subprocess.run([sys.executable, "-c", script, str(checkpoint), str(out)], check=True, env=dict(os.environ))
+    subprocess.run(
+        [sys.executable, "-c", script, str(checkpoint), str(out)], check=True, env=dict(os.environ)
+    )
     assert out.read_bytes() == first
 
 
@@ -175,13 +189,24 @@ def test_without_a_tokenizer_only_the_errors(tmp_path: Path) -> None:
         halfbyte.convert(folder, tmp_path / "n.hb", heldout=tmp_path / "t.txt")
 
 
+def test_a_plan_given_back_gives_the_same_proof(checkpoint: Path, tmp_path: Path) -> None:
+    """What it took to find a plan is not part of the file."""
+    plan, options = tmp_path / "p.toml", {"method": "rtn", "heldout": checkpoint.parent / "t.txt"}
+    a = halfbyte.convert(checkpoint, tmp_path / "a.hb", target_bits=4.4, save_plan=plan, **options)  # type: ignore[arg-type]
+    b = halfbyte.convert(checkpoint, tmp_path / "b.hb", plan=plan, **options)  # type: ignore[arg-type]
+    assert a.read_bytes() == b.read_bytes() and proof_of(a).recipe["name"] == "plan"
+
+
 def test_large_models_are_measured_when_asked(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("halfbyte.converter.proof.OWN_TEXT_WEIGHTS", 1000)
     p = proof_of(halfbyte.convert(checkpoint, tmp_path / "m.hb", method="rtn"))
     assert p.closeness is None and "--proof" in p.why_not and p.error > 1e-4
-    assert close(halfbyte.convert(checkpoint, tmp_path / "m.hb", method="rtn", proof=True)).text == converter_evaluate.OURS
+    assert (
+        close(halfbyte.convert(checkpoint, tmp_path / "m.hb", method="rtn", proof=True)).text
+        == converter_evaluate.OURS
+    )
     text = checkpoint.parent / "t.txt"
     assert close(halfbyte.convert(checkpoint, tmp_path / "m.hb", method="rtn", heldout=text)).text == "t.txt"
 
@@ -223,8 +248,12 @@ def _text(folder: Path) -> Path:
 
 def test_max_bytes_counts_the_proof(checkpoint: Path, tmp_path: Path) -> None:
     """A budget that just holds the smallest file without its proof is refused; each one reached holds it."""
-    bare = halfbyte.convert(checkpoint, tmp_path / "b.hb", recipe="q2", method="rtn", proof=False).stat().st_size
-    section = File(halfbyte.convert(checkpoint, tmp_path / "m.hb", recipe="q2", method="rtn")).sections["PROF"][1]
+    bare = (
+        halfbyte.convert(checkpoint, tmp_path / "b.hb", recipe="q2", method="rtn", proof=False).stat().st_size
+    )
+    section = File(halfbyte.convert(checkpoint, tmp_path / "m.hb", recipe="q2", method="rtn")).sections[
+        "PROF"
+    ][1]
     assert section > 500
     with pytest.raises(UsageError, match="too few"):
         halfbyte.convert(checkpoint, tmp_path / "n.hb", max_bytes=bare + section // 2, method="rtn")

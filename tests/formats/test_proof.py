@@ -77,7 +77,16 @@ def test_perplexity_may_overflow_but_not_the_section() -> None:
 def test_bins() -> None:
     """As SPEC.md section 13.1 says, at every edge and beyond both ends."""
     assert proof.BINS == 42
-    for kld, wanted in ((-1e-9, 0), (0.0, 0), (9.9e-9, 0), (1.01e-8, 1), (0.99, 32), (1.0, 33), (99.9, 40), (1e2, 41)):
+    for kld, wanted in (
+        (-1e-9, 0),
+        (0.0, 0),
+        (9.9e-9, 0),
+        (1.01e-8, 1),
+        (0.99, 32),
+        (1.0, 33),
+        (99.9, 40),
+        (1e2, 41),
+    ):
         counts = proof.histogram(np.array([kld]))
         assert len(counts) == proof.BINS and counts.index(1) == wanted, kld
     rng = np.random.default_rng(1)
@@ -121,6 +130,12 @@ def changed(path: str, new: object) -> dict[str, Any]:
         ("bits", "4"),
         ("bits", True),
         ("error", 10**400),
+        ("error", -0.1),
+        ("bits", 65),
+        ("closeness.top1_agreement", 1.1),
+        ("closeness.tokens", 0),
+        ("closeness.ctx", 1 << 70),
+        ("closeness.kld_histogram", [8] * 42),
         ("matrices", {}),
         ("matrices.0.error", None),
         ("matrices.0.name", 1),
