@@ -132,8 +132,9 @@ class Prover:
             proof.MatrixError(t.name, t.storage.encoding, 8 * bytes_of(t) / (t.shape[0] * t.shape[1]), WIDEST)
             for t in matrices(self.plan.b)
         ]
-        widest = {} if self.why_not else {"closeness": evaluate.widest(self.heldout, WIDEST)}
-        return len(proof.Proof(**self._made(None, found, WIDEST), **widest, why_not=self.why_not).encode())
+        closeness = None if self.why_not else evaluate.widest(self.heldout, WIDEST)
+        made = self._made(None, found, WIDEST)
+        return len(proof.Proof(**made, closeness=closeness, why_not=self.why_not).encode())
 
     def _made(
         self, file: container.File | None, found: list[proof.MatrixError], error: float

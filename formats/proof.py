@@ -157,7 +157,8 @@ def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
     for f in fields(cls):
         if f.name not in value:
             continue
-        v, types = value[f.name], _TYPES[str(f.type)]
+        v: Any = value[f.name]
+        types = _TYPES[str(f.type)]
         if not isinstance(v, types) or isinstance(v, bool):
             raise FormatError(f"{f.name} is of the wrong type")
         if float in types:
@@ -168,7 +169,7 @@ def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _float(v: int | float, name: str) -> float:
+def _float(v: Any, name: str) -> float:
     try:
         return float(v)
     except OverflowError:  # a JSON integer may have any length

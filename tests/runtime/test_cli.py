@@ -62,8 +62,8 @@ def test_convert_names_the_file_after_the_folder(folder, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     out = quiet(capsys, "convert", folder, "--recipe", "q8")
     assert re.fullmatch(
-        r"tiny-1\.5b\.hb: [\d.]+ kB, (\d+\.\d\d) bits per weight, \d+\.\d s\n", out
-    )  # one line, and no progress bar in a pipe
+        r"tiny-1\.5b\.hb: [\d.]+ kB, (\d+\.\d\d) bits per weight, \d+\.\d s\nKL divergence [\d.]+ .*\n", out
+    )  # two lines, and no progress bar in a pipe
     assert [p.name for p in tmp_path.iterdir()] == ["tiny-1.5b.hb"]
     assert File("tiny-1.5b.hb").metadata["general.name"] == "tiny-1.5b"
 
