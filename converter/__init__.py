@@ -40,6 +40,7 @@ def convert(
     heldout: str | os.PathLike[str] | None = None,
     on_plan: Callable[[Table], None] | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Convert a checkpoint and return the path of the file written.
 
@@ -48,7 +49,11 @@ def convert(
     to use instead of the one found beside the weights. context: the number of positions to allow,
     at most what the model was made for. calibrate: a text or a `.jsonl` of chats that is like what the model will
     see; method: see `converter.recipe.METHODS`. Without a calibration text gptq uses text that the model writes
-    itself (small models) and a built-in mix. The file is written aside and renamed when complete.
+    itself (small models) and a built-in mix.
+
+    The file is written aside, in the folder `.OUT.part`, and renamed when complete. A conversion that was stopped, even
+    by a kill, goes on where it was when it is called with the same arguments, and gives the same bytes; `note` is
+    called with a line that says so. Two conversions to one output at a time are refused.
 
     smooth folds SmoothQuant's scales into the program, rotate Hadamard rotations of the residual stream, the heads
     and, as an op, the inputs of the down projections; models that do not allow it are refused.
@@ -62,12 +67,13 @@ def convert(
     """
     from halfbyte.converter import allocate, models
     from halfbyte.converter.allocation import table
-    from halfbyte.converter.assemble import assemble, length
+    from halfbyte.converter.assemble import Sink, assemble, length
     from halfbyte.converter.builder import Builder
     from halfbyte.converter.checkpoints import open_checkpoint
     from halfbyte.converter.plan import Plan
     from halfbyte.converter.recipe import check_method
     from halfbyte.converter.recipe import recipe as recipe_named
+    from halfbyte.converter.unfinished import Unfinished
     from halfbyte.converter.weights import Weights
 
     out = Path(out)
@@ -78,7 +84,12 @@ def convert(
     goal.check()
     if (recipe is not None) + (plan is not None) + bool(goal) > 1:
         raise UsageError("choose one: a recipe, a plan, or a goal such as --target-bits")
-    with open_checkpoint(Path(source), None if tokenizer is None else Path(tokenizer)) as checkpoint:
+    asked = [context, method, smooth, rotate, goal.bits, goal.nbytes, goal.kld]
+    inputs = [Path(p) for p in (source, tokenizer, calibrate, plan, heldout) if p is not None]
+    with (
+        open_checkpoint(Path(source), None if tokenizer is None else Path(tokenizer)) as checkpoint,
+        Unfinished(out) as unfinished,
+    ):
         if recipe is None:
             floats = {"f32", "f16", "bf16", "f64"}
             recipe = "keep" if any(checkpoint.dtype(n) not in floats for n in checkpoint.names()) else "q4"
@@ -127,33 +138,54 @@ def convert(
             meta,
             smooth,
         )
-        how.prepare(out.parent, progress)
+        unfinished.begin(_identity(recipe, asked, inputs, out), note)
+        folder = unfinished.folder
+        how.prepare(folder, progress)
         meta["quantization.method"] = how.method
 
-        def write(path: Path, report: Callable[[str, int], None]) -> None:
-            assemble(b, path, meta, json, template, report, how.weights, how.quantizer(out.parent, progress))
+        def quantizer() -> Callable[[Sink], set[int]] | None:
+            return how.quantizer(folder, progress)
 
-        if goal:
-            held_out = (
-                how.hold_out(out.parent, None if heldout is None else Path(heldout))
-                if max_kld is not None
-                else []
-            )
+        def trial(path: Path) -> None:
+            assemble(b, path, meta, json, template, lambda name, weights: None, how.weights, quantizer())
+
+        held_out = []
+        if max_kld is not None:
+            held_out = how.hold_out(folder, None if heldout is None else Path(heldout))
+        chosen = unfinished.fact("plan")
+        if goal and chosen is None:
             used = allocate.choose(
-                b, goal, how.method, how.sequences(out.parent), how.weights, meta, out.parent,
+                b, goal, how.method, how.sequences(folder), how.weights, meta, folder,
                 held_out=held_out,
                 length=lambda: length(b, meta, json, template),
-                convert=lambda path: write(path, lambda name, weights: None),
+                convert=trial,
                 progress=progress,
             )  # fmt: skip
+            unfinished.remember("plan", used.facts())
+        elif goal:
+            used = table.Table.remembered(b, how.method, chosen)
         else:
             used = table.Table.of(b, how.method, {})
         if save_plan is not None:
             used.save(Path(save_plan))
         if on_plan:
             on_plan(used)
-        write(out, report)
+        assemble(
+            b, out, meta, json, template, report, how.weights, quantizer(),
+            unfinished=unfinished, note=note,
+        )  # fmt: skip
     return out
+
+
+def _identity(recipe: str, asked: list[Any], inputs: list[Path], out: Path) -> str:
+    """What must be as it was for an unfinished file to be continued."""
+    import numpy as np
+
+    from halfbyte import __version__
+    from halfbyte.converter.unfinished import files_in, identity
+    from halfbyte.formats.container import VERSION
+
+    return identity(__version__, VERSION, np.__version__, recipe, asked, files_in(inputs, out))
 
 
 def _rotate(b: Builder) -> None:

@@ -5,6 +5,7 @@ Memory stays bounded by a few blocks, whatever the size of the checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import numpy as np
 from halfbyte.converter.builder import Builder, Matrix, Vector
 from halfbyte.converter.checkpoints.checkpoint import Packed
 from halfbyte.converter.recipe import Storage
+from halfbyte.converter.unfinished import Note, Unfinished, identity
 from halfbyte.converter.weights import Weights, check_finite
 from halfbyte.formats import encodings, tiles
 from halfbyte.formats.errors import CheckpointError
@@ -22,9 +24,39 @@ from halfbyte.formats.metadata import Value
 from halfbyte.formats.writer import TensorSpec, Writer
 
 Planes = dict[str, np.ndarray]  # codes [rows, cols], scales [rows, groups], row [rows], ... by plane
-Write = Callable[[int, int, Planes], None]  # (index of the tensor, first row, planes of some rows)
 
 BLOCK_WEIGHTS = 1 << 22  # weights held at once: 16 MiB as float32
+
+
+class Sink:
+    """What takes the planes of matrices: sink(index of the tensor, first row, planes), in blocks that cover a matrix.
+
+    `whole` are the tensors that an earlier run finished: what is written to them again is dropped.
+    """
+
+    def __init__(self, b: Builder, writer: Writer, unfinished: Unfinished | None):
+        self.b, self.writer, self.unfinished = b, writer, unfinished
+        self.whole: set[int] = set()
+        self._rows: dict[int, int] = {}
+        if unfinished is not None:
+            for i, digest in unfinished.tensors().items():
+                if i < len(b.tensors) and writer.digest(i).hex() == digest:
+                    self.whole.add(i)
+
+    def __call__(self, index: int, row: int, planes: Planes) -> None:
+        if index in self.whole:
+            return
+        t = self.b.tensors[index]
+        assert isinstance(t, Matrix)
+        for plane, data in _packed(planes, encodings.BY_NAME[t.storage.encoding].bits).items():
+            self.writer.write(index, plane, row // tiles.PANEL, data)
+        self._rows[index] = self._rows.get(index, 0) + len(next(iter(planes.values())))
+        if self.unfinished is not None and self._rows[index] == t.shape[0]:
+            self.unfinished.add(index, t.name, self.writer.digest(index))
+
+    def stored(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """float32[stop - start, cols]: rows of a matrix that is whole; `start` is a multiple of 16."""
+        return self.writer.rows(index, start, self.b.tensors[index].shape[0] if stop is None else stop)
 
 
 def assemble(
@@ -35,36 +67,48 @@ def assemble(
     template: str,
     progress: Callable[[str, int], None],
     weights: Weights | None = None,
-    quantize: Callable[[Write], set[int]] | None = None,
+    quantize: Callable[[Sink], set[int]] | None = None,
+    *,
+    unfinished: Unfinished | None = None,
+    note: Note | None = None,
+    finish: Callable[[Writer], None] | None = None,
 ) -> None:
     """Write the file. `progress(tensor name, weights done)` is called after every block.
 
-    weights: where float rows come from, by default the builder's checkpoint. quantize(write): quantises some
-    matrices by another method than rounding to nearest, hands their planes to `write` and returns their indices.
+    weights: where float rows come from, by default the builder's checkpoint. quantize(sink): quantises some
+    matrices by another method than rounding to nearest, hands their planes to the sink and returns their indices.
+    unfinished: where the file lies until it is complete, with the tensors that are whole already; `note` is told how
+    many. finish(writer) is called when all tensors are written, before the file is sealed and renamed.
 
     Raises CheckpointError for weights that are not finite, HalfbyteError when the disk is full; in
     either case nothing remains under `path`.
     """
-    with _writer(b, path, meta, tokenizer, template) as writer:
+    with _writer(b, path, meta, tokenizer, template, unfinished.file if unfinished else None) as writer:
         for i, t in enumerate(b.tensors):
             if isinstance(t, Vector):
                 writer.write(i, "values", 0, t.values)
-
-        def write(index: int, row: int, planes: Planes) -> None:
-            t = b.tensors[index]
-            assert isinstance(t, Matrix)
-            for plane, data in _packed(planes, encodings.BY_NAME[t.storage.encoding].bits).items():
-                writer.write(index, plane, row // tiles.PANEL, data)
+        if unfinished is not None:
+            unfinished.lay_out(_layout(b, writer, meta, tokenizer, template))
+        sink = Sink(b, writer, unfinished)
+        if sink.whole and note:
+            matrices = sum(isinstance(t, Matrix) for t in b.tensors)
+            note(f"continuing: {len(sink.whole)} of {matrices} matrices are done")
 
         def write_and_report(index: int, row: int, planes: Planes) -> None:
-            write(index, row, planes)
+            sink(index, row, planes)
             progress(b.tensors[index].name, next(iter(planes.values())).size)
 
         weights = weights or Weights(b)
-        done = quantize(write) if quantize else set()
+        done = quantize(sink) if quantize else set()
         for i, t in enumerate(b.tensors):
-            if isinstance(t, Matrix) and i not in done:
+            if not isinstance(t, Matrix) or i in done:
+                continue
+            if i in sink.whole:
+                progress(t.name, t.shape[0] * t.shape[1])
+            else:
                 encode(t, weights, partial(write_and_report, i))
+        if finish:
+            finish(writer)
 
 
 def assemble_float(
@@ -79,7 +123,14 @@ def assemble_float(
         b.tensors = tensors
 
 
-def _writer(b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, template: str) -> Writer:
+def _writer(
+    b: Builder,
+    path: Path,
+    meta: dict[str, Value],
+    tokenizer: bytes,
+    template: str,
+    aside: Path | None = None,
+) -> Writer:
     records, slots, caches = b.finish()
     specs = [
         TensorSpec(t.name, "u32" if t.values.dtype == np.uint32 else "f32", t.shape)
@@ -96,7 +147,15 @@ def _writer(b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, te
         tensors=specs,
         tokenizer=tokenizer,
         template=template,
+        partial=aside,
     )
+
+
+def _layout(b: Builder, writer: Writer, meta: dict[str, Value], tokenizer: bytes, template: str) -> str:
+    """Identity of everything in a file but its weights."""
+    parts = [hashlib.sha256(a.tobytes()).hexdigest() for a in b.finish()]
+    tensors = [(t.name, t.encoding, t.shape, t.group, t.scale_type) for t in writer.tensors]
+    return identity(parts, tensors, writer.placed, meta, hashlib.sha256(tokenizer).hexdigest(), template)
 
 
 def length(b: Builder, meta: dict[str, Value], tokenizer: bytes, template: str) -> int:

@@ -91,6 +91,7 @@ class Calibration:
         drift: bool = False,
         sample: int = 0,
         only: Container[str] | None = None,
+        stored: Callable[[Matrix], np.ndarray | None] | None = None,
         embedding: Callable[[Matrix, np.ndarray], np.ndarray] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -98,12 +99,13 @@ class Calibration:
 
         hessians: collect x x^T, which most of the time goes into. drift: carry the float model's activations
         along as well and collect what the outputs miss (more than twice the time and memory). sample: rows to keep.
-        only: names of the matrices to visit; the others stay as they are and cost no statistics.
+        only: names of the matrices to visit; the others cost no statistics, and the walk ends with the last one.
+        stored(matrix) -> float32[rows, cols] is what later layers see of one that is not visited, None its weights.
         embedding(matrix, ids) -> float32[n, hidden] replaces the rows of an embedding table.
         """
         with tempfile.TemporaryDirectory(prefix="halfbyte-") as folder, Products(self.threads) as products:
             walk = _Walk(self, Path(folder) / "program.hb", products)
-            walk.go(visit, hessians, drift, sample, only, embedding or self.embedding, progress)
+            walk.go(visit, hessians, drift, sample, only, stored, embedding or self.embedding, progress)
 
     def embedding(self, t: Matrix, ids: np.ndarray) -> np.ndarray:
         """Float rows `ids` of a table, read a block at a time."""
@@ -137,10 +139,16 @@ class _Walk:
         drift: bool,
         sample: int,
         only: Container[str] | None,
+        stored: Callable[[Matrix], np.ndarray | None] | None,
         embedding: Callable[[Matrix, np.ndarray], np.ndarray],
         progress: Progress | None,
     ) -> None:
+        def wanted(i: int) -> bool:
+            return self._input(i) is not None and (only is None or self._matrix(i).name in only)
+
         stages = find_stages(self.records, self.slots)
+        while stages and not any(wanted(i) for i in range(stages[-1].first, stages[-1].last)):
+            stages.pop()
         states: list[dict[int, np.ndarray]] = [{}, {}] if drift else [{}]  # [seen by later layers, float]
         seen: dict[int, np.ndarray | None] = {}
         outputs: list[dict[int, Any]] = [{}, {}]  # record -> what computes it, for both states
@@ -149,12 +157,13 @@ class _Walk:
         for stage in stages:
             collect = None
             x_slot = self._input(stage.first)
-            names = [self._matrix(i).name for i in range(stage.first, stage.last)]
-            if x_slot is not None and (only is None or any(name in only for name in names)):
+            visited = [i for i in range(stage.first, stage.last) if wanted(i)]
+            if visited:
+                assert x_slot is not None
                 width = int(self.slots[x_slot]["width"])
                 collect = Collector(self.products, width, self.c.tokens, hessians, sample)
                 if drift:
-                    for i in range(stage.first, stage.last):
+                    for i in visited:
                         collect.follow(i, self._matrix(i), self.c.weights)
             self._check_cut(at, stage.first)
             for span in self.spans:
@@ -186,9 +195,11 @@ class _Walk:
                     continue
                 if w not in seen:
                     seen[w] = None
-                    if collect is not None and (only is None or t.name in only):
-                        assert statistics is not None
+                    if i in visited:
+                        assert statistics is not None and collect is not None
                         seen[w] = visit(t, replace(statistics, drift=collect.drifts.pop(i, None)))
+                    elif stored is not None and stage is not stages[-1]:
+                        seen[w] = stored(t)
                 if stage is stages[-1]:
                     continue
                 outputs[0][i] = self.c.weights.rows(t) if seen[w] is None else seen[w]

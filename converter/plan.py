@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.converter.assemble import Planes, Write, assemble_float
+from halfbyte.converter.assemble import Planes, Sink, assemble_float
 from halfbyte.converter.blas import Products, spans
 from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.calibration.cuts import EMBED
@@ -141,23 +141,22 @@ class Plan:
 
     def quantizer(
         self, folder: str | os.PathLike[str], progress: Progress | None
-    ) -> Callable[[Write], set[int]] | None:
+    ) -> Callable[[Sink], set[int]] | None:
         """What quantises matrices by this plan, None for plain rounding to nearest."""
         if self.method == "rtn" and self.calibrate is None:
             return None
         if self.method != "gptq":
-            return lambda write: self._one_by_one(write, Path(folder), progress)
+            return lambda sink: self._one_by_one(sink, Path(folder), progress)
 
-        def run(write: Write) -> set[int]:
+        def run(sink: Sink) -> set[int]:
             from halfbyte.converter import sequential
 
-            return sequential.quantize(
-                self.b, self.weights, self.sequences(Path(folder)), write, progress=progress
-            )
+            sequences = self.sequences(Path(folder))
+            return sequential.quantize(self.b, self.weights, sequences, sink, progress=progress)
 
         return run
 
-    def _one_by_one(self, write: Write, folder: Path, progress: Progress | None) -> set[int]:
+    def _one_by_one(self, sink: Sink, folder: Path, progress: Progress | None) -> set[int]:
         """Every matrix by itself on the statistics of its inputs: weighted rounding, AWQ's clipping, learned rounding.
 
         Learned rounding shows its result to the later layers.
@@ -165,27 +164,31 @@ class Plan:
         from halfbyte.converter.calibrate import Calibration
 
         index = {t.name: i for i, t in enumerate(self.b.tensors)}
-        rounded = {t.name for t in self._rounded()}
+        rounded = {t.name for t in self._rounded() if index[t.name] not in sink.whole}
         records, _, _ = self.b.finish()
         looked_up = {int(r["w"][0]) for r in records if int(r["code"]) == EMBED}
+        learned = self.method == "autoround"
         done: set[int] = set()
+
+        def stored(t: Matrix) -> np.ndarray | None:
+            return sink.stored(index[t.name]) if learned and index[t.name] in sink.whole else None
 
         def visit(t: Matrix, s: Statistics) -> np.ndarray | None:
             if t.name not in rounded:
                 return None
-            i, learned = index[t.name], self.method == "autoround"
+            i = index[t.name]
             done.add(i)
             out = []
             for block in spans(t.shape[0], max(ROWS, BLOCK_WEIGHTS // t.shape[1] // ROWS * ROWS)):
                 w = self.weights.rows(t, block.start, block.stop)
                 planes = self._planes(w, t.storage.encoding, s, i in looked_up)
-                write(i, block.start, planes)
+                sink(i, block.start, planes)
                 if learned:
                     out.append(_planes.decode(planes, t.storage.encoding))
             return np.concatenate(out) if learned else None
 
         calibration = Calibration(self.b, self.weights, self.sequences(folder))
-        calibration.run(visit, hessians=self.method != "rtn", only=rounded, progress=progress)
+        calibration.run(visit, hessians=self.method != "rtn", only=rounded, stored=stored, progress=progress)
         return done
 
     def _planes(self, w: np.ndarray, encoding: str, s: Statistics, table: bool) -> Planes:

@@ -4,15 +4,17 @@ GPTQ with drift correction: the float model's activations are carried along, and
 its inputs and its residual already miss (arXiv 2504.02692, 2504.09629). Embedding tables come first, so that all the
 layers see them quantised; a table that is the output matrix as well is rounded for both uses at once.
 
-A matrix is a unit of work: its planes are handed to `write` block by block and never all held.
+A matrix is a unit of work: its planes are handed to the sink block by block and never all held. Matrices that an
+earlier run finished are read back instead, and the walk goes on behind them with the same inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from halfbyte.converter.assemble import Sink
 from halfbyte.converter.blas import Products, spans
 from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.calibrate import Calibration, Progress, Statistics
@@ -29,25 +31,24 @@ TIED_DAMPING = 0.5
 # Tokens on which the float model is looked at for that H: enough for its rank, as all of them would take a whole pass.
 HEAD_TOKENS = 16384
 
-# write(index of the tensor, first row, {plane: rows of codes or scales})
-Write = Callable[[int, int, dict[str, np.ndarray]], None]
-
 
 def quantize(
     b: Builder,
     weights: Weights,
     sequences: Sequence[Sequence[int]],
-    write: Write,
+    sink: Sink,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> set[int]:
-    """Quantise what `gptq.supports` of the builder's matrices; the indices of the tensors that were written.
+    """Quantise what `gptq.supports` of the builder's matrices; the indices of the tensors that are whole now.
 
     Raises UsageError and CheckpointError as calibration and `gptq` do.
     """
     with Products(threads) as products:
-        job = _Job(b, weights, write, products)
+        job = _Job(b, weights, sink, products)
+        if job.done == job.wanted.keys():
+            return job.done
         records, _, _ = b.finish()
         tables, heads = (
             {int(r["w"][0]) for r in records if int(r["code"]) == code} for code in (EMBED, LINEAR)
@@ -55,9 +56,11 @@ def quantize(
         calibration = Calibration(b, weights, sequences, threads=threads)
         looked_up = np.concatenate(calibration.ids)
         rows: dict[str, np.ndarray] = {}
-        for i in sorted(tables & job.wanted.keys() - heads):
+        for i in sorted(tables & job.done):
+            rows[job.wanted[i].name] = job.stored(i, looked_up)
+        for i in sorted(tables & job.wanted.keys() - heads - job.done):
             rows[job.wanted[i].name] = job.code(i, None, TIED_DAMPING, ids=looked_up)
-        tied = tables & heads & job.wanted.keys()
+        tied = tables & heads & job.wanted.keys() - job.done
         if tied:
             few, count = [], 0
             for s in calibration.ids:
@@ -86,6 +89,7 @@ def quantize(
             visit,
             drift=True,
             only={t.name for i, t in job.wanted.items() if i not in job.done},
+            stored=lambda t: job.stored(job.index[t.name]) if job.index[t.name] in job.done else None,
             embedding=lambda t, ids: rows[t.name] if t.name in rows else calibration.embedding(t, ids),
             progress=progress,
         )
@@ -95,15 +99,37 @@ def quantize(
 class _Job:
     """The matrices to do, and those done."""
 
-    def __init__(self, b: Builder, weights: Weights, write: Write, products: Products):
-        self.weights, self.write, self.products = weights, write, products
+    def __init__(self, b: Builder, weights: Weights, sink: Sink, products: Products):
+        self.weights, self.sink, self.products = weights, sink, products
         self.index = {t.name: i for i, t in enumerate(b.tensors)}
         self.wanted = {
             i: t
             for i, t in enumerate(b.tensors)
             if isinstance(t, Matrix) and not t.storage.packed and gptq.supports(t.storage.encoding)
         }
-        self.done: set[int] = set()
+        self.done = sink.whole & self.wanted.keys()
+
+    def stored(self, i: int, ids: np.ndarray | None = None) -> np.ndarray:
+        """float32 of a matrix that is done: all of it, or its rows `ids`."""
+        t = self.wanted[i]
+        out = np.empty((t.shape[0] if ids is None else len(ids), t.shape[1]), np.float32)
+        for block in self._blocks(t):
+            self._take(out, ids, block, self.sink.stored(i, block.start, block.stop))
+        return out
+
+    @staticmethod
+    def _blocks(t: Matrix) -> list[slice]:
+        rows, cols = t.shape
+        return spans(rows, max(gptq.LANES, BLOCK_WEIGHTS // cols // gptq.LANES * gptq.LANES))
+
+    @staticmethod
+    def _take(out: np.ndarray, ids: np.ndarray | None, block: slice, w: np.ndarray) -> None:
+        """Rows `block` of a matrix into what is made of all of it, or of its rows `ids`."""
+        if ids is None:
+            out[block] = w
+        else:
+            here = (ids >= block.start) & (ids < block.stop)
+            out[here] = w[ids[here] - block.start]
 
     def code(
         self, i: int, s: Statistics | None, damping: float, *, ids: np.ndarray | None = None
@@ -119,21 +145,17 @@ class _Job:
         group = encodings.BY_NAME[t.storage.encoding].group or t.storage.group
         c = gptq.curvature(hessian, self.products, group=group, damping=damping)
         out = np.empty((rows if ids is None else len(ids), cols), np.float32)
-        for block in spans(rows, max(gptq.LANES, BLOCK_WEIGHTS // cols // gptq.LANES * gptq.LANES)):
+        for block in self._blocks(t):
             w = self.weights.rows(t, block.start, block.stop)
             missing = None if s is None else s.missing(w, block.start)
             if s is not None and missing is not None:
                 # Of what is regressed on `cols` inputs over `count` tokens, a share of cols / count is chance.
                 missing = missing * (s.count / (s.count + cols))
             planes = gptq.quantize(w, t.storage.encoding, c, self.products, missing=missing)
-            self.write(i, block.start, planes)
+            self.sink(i, block.start, planes)
             w = encodings.dequantize(
                 t.storage.encoding, planes["codes"], planes["scales"], group, row=planes["row"]
             )
-            if ids is None:
-                out[block] = w
-            else:
-                here = (ids >= block.start) & (ids < block.stop)
-                out[here] = w[ids[here] - block.start]
+            self._take(out, ids, block, w)
         self.done.add(i)
         return out

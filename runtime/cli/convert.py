@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             heldout=args.heldout,
             on_plan=plans.append,
             progress=progress,
+            note=progress.note,
         )
     seconds = time.perf_counter() - start
     file = File(out)

@@ -93,6 +93,13 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, now=printable(now)[:40])
 
+    def note(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(printable(line), markup=False, highlight=False)
+        else:
+            print(printable(line), file=sys.stderr, flush=True)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
