@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from halfbyte.converter.quantizers import _planes, gptq
 from halfbyte.converter.weights import Weights
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import UsageError
+
+if TYPE_CHECKING:
+    from halfbyte.converter.calibrate import Calibration
 
 # A model of up to this many weights also writes calibration text itself: a float file of 200 MB and some seconds.
 OWN_TEXT_WEIGHTS = 50_000_000
@@ -47,7 +50,9 @@ class Plan:
         template: str,
         meta: Mapping[str, Any],
         smooth: bool = False,
+        memory: int | None = None,
     ):
+        """memory: bytes of activations to hold while calibrating, by default what `Calibration` does."""
         self.b, self.weights, self.calibrate = b, weights, calibrate
         self.tokenizer, self.template, self.meta = tokenizer, template, dict(meta)
         rounds = any(
@@ -55,6 +60,7 @@ class Plan:
             for t in b.tensors
         )
         self.smooth = smooth
+        self.memory = memory
         calibrates = method in CALIBRATED or smooth or calibrate is not None
         if not tokenizer and calibrates:
             raise UsageError(
@@ -113,23 +119,24 @@ class Plan:
         """Fold into the program what the method folds before anything is rounded: smoothing, AWQ's scales."""
         if not self.smooth and self.method != "awq":
             return
-        from halfbyte.converter.calibrate import Calibration
         from halfbyte.converter.fold import Fold
         from halfbyte.converter.quantizers import awq, smoothquant
 
-        text = self.sequences(folder)
+        self.sequences(folder)
         fold = Fold(self.b)
         self.weights = Weights(self.b)
         if self.smooth:
-            smoothquant.apply(fold, Calibration(self.b, self.weights, text), progress=progress)
+            smoothquant.apply(fold, self._calibration(folder), progress=progress)
         if self.method == "awq":
             counts = Counter(t.storage.encoding for t in self._rounded())
-            awq.apply(
-                fold,
-                Calibration(self.b, self.weights, text),
-                _coder(counts.most_common(1)[0][0]),
-                progress,
-            )
+            coder = _coder(counts.most_common(1)[0][0])
+            awq.apply(fold, self._calibration(folder), coder, progress)
+
+    def _calibration(self, folder: Path) -> Calibration:
+        from halfbyte.converter.calibrate import ACTIVATIONS, Calibration
+
+        memory = ACTIVATIONS if self.memory is None else self.memory
+        return Calibration(self.b, self.weights, self.sequences(folder), folder=folder, memory=memory)
 
     def _rounded(self) -> list[Matrix]:
         """The matrices that get new codes."""
@@ -151,8 +158,8 @@ class Plan:
         def run(sink: Sink) -> set[int]:
             from halfbyte.converter import sequential
 
-            sequences = self.sequences(Path(folder))
-            return sequential.quantize(self.b, self.weights, sequences, sink, progress=progress)
+            c = self._calibration(Path(folder))
+            return sequential.quantize(c, sink, progress=progress)
 
         return run
 
@@ -161,8 +168,6 @@ class Plan:
 
         Learned rounding shows its result to the later layers.
         """
-        from halfbyte.converter.calibrate import Calibration
-
         index = {t.name: i for i, t in enumerate(self.b.tensors)}
         rounded = {t.name for t in self._rounded() if index[t.name] not in sink.whole}
         records, _, _ = self.b.finish()
@@ -187,7 +192,7 @@ class Plan:
                     out.append(_planes.decode(planes, t.storage.encoding))
             return np.concatenate(out) if learned else None
 
-        calibration = Calibration(self.b, self.weights, self.sequences(folder))
+        calibration = self._calibration(folder)
         calibration.run(visit, hessians=self.method != "rtn", only=rounded, stored=stored, progress=progress)
         return done
 

@@ -32,68 +32,84 @@ TIED_DAMPING = 0.5
 HEAD_TOKENS = 16384
 
 
-def quantize(
-    b: Builder,
-    weights: Weights,
-    sequences: Sequence[Sequence[int]],
-    sink: Sink,
-    *,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> set[int]:
-    """Quantise what `gptq.supports` of the builder's matrices; the indices of the tensors that are whole now.
+def quantize(calibration: Calibration, sink: Sink, *, progress: Progress | None = None) -> set[int]:
+    """Quantise what `gptq.supports` of a builder's matrices; the indices of the tensors that are whole now.
 
     Raises UsageError and CheckpointError as calibration and `gptq` do.
     """
-    with Products(threads) as products:
-        job = _Job(b, weights, sink, products)
-        if job.done == job.wanted.keys():
+    b = calibration.b
+    with Products(calibration.threads) as products:
+        job = _Job(b, calibration.weights, sink, products)
+        todo = job.wanted.keys() - job.done
+        if not todo:
             return job.done
         records, _, _ = b.finish()
         tables, heads = (
             {int(r["w"][0]) for r in records if int(r["code"]) == code} for code in (EMBED, LINEAR)
         )
-        calibration = Calibration(b, weights, sequences, threads=threads)
-        looked_up = np.concatenate(calibration.ids)
-        rows: dict[str, np.ndarray] = {}
-        for i in sorted(tables & job.done):
-            rows[job.wanted[i].name] = job.stored(i, looked_up)
-        for i in sorted(tables & job.wanted.keys() - heads - job.done):
-            rows[job.wanted[i].name] = job.code(i, None, TIED_DAMPING, ids=looked_up)
-        tied = tables & heads & job.wanted.keys() - job.done
+        tied = {job.wanted[i].name for i in tables & heads & todo}
+        few = calibration.on(_some(calibration.ids, HEAD_TOKENS))
+        others = {job.wanted[i].name for i in todo - tables}
+        efforts = [
+            sum(_effort(job.wanted[i]) for i in tables & todo),
+            few.effort(only=tied) if tied else 0,
+            calibration.effort(drift=True, only=others, visits=_effort),
+        ]
+        done = 0
+
+        def report(name: str, part: int, _: int) -> None:
+            if progress:
+                progress(name, done + part, sum(efforts))
+
+        found: dict[str, Statistics] = {}
         if tied:
-            few, count = [], 0
-            for s in calibration.ids:
-                few.append(s.tolist())
-                count += len(s)
-                if count >= HEAD_TOKENS:
-                    break
-            found: dict[int, Statistics] = {}
 
             def look(t: Matrix, s: Statistics) -> None:
-                found[job.index[t.name]] = s
+                found[t.name] = s
 
-            Calibration(b, weights, few, threads=threads).run(
-                look,
-                only={b.tensors[i].name for i in tied},
-                progress=progress,
-            )
-            for i in sorted(tied):
-                rows[job.wanted[i].name] = job.code(i, found.pop(i), TIED_DAMPING, ids=looked_up)
+            few.run(look, only=tied, progress=report)
+            done += efforts[1]
+        looked_up = np.concatenate(calibration.ids)
+        rows: dict[str, np.ndarray] = {}
+        for i in sorted(tables & job.wanted.keys()):
+            name = job.wanted[i].name
+            if i in todo:
+                rows[name] = job.code(i, found.pop(name, None), TIED_DAMPING, ids=looked_up)
+                done += _effort(job.wanted[i])
+                report(name, 0, 0)
+            else:
+                rows[name] = job.stored(i, looked_up)
 
-        def visit(t: Matrix, s: Statistics) -> np.ndarray | None:
-            i = job.index[t.name]
-            return None if i not in job.wanted or i in job.done else job.code(i, s, gptq.DAMPING)
+        def visit(t: Matrix, s: Statistics) -> np.ndarray:
+            return job.code(job.index[t.name], s, gptq.DAMPING)
 
         calibration.run(
             visit,
             drift=True,
-            only={t.name for i, t in job.wanted.items() if i not in job.done},
+            only=others,
             stored=lambda t: job.stored(job.index[t.name]) if job.index[t.name] in job.done else None,
             embedding=lambda t, ids: rows[t.name] if t.name in rows else calibration.embedding(t, ids),
-            progress=progress,
+            visits=_effort,
+            progress=report,
         )
         return job.done
+
+
+def _some(sequences: Sequence[np.ndarray], tokens: int) -> list[list[int]]:
+    """The first sequences, of at least so many tokens."""
+    out, count = [], 0
+    for s in sequences:
+        out.append(s.tolist())
+        count += len(s)
+        if count >= tokens:
+            break
+    return out
+
+
+def _effort(t: Matrix) -> int:
+    """Multiply-adds of GPTQ: a factorisation, a pass forward, one for drift, and coordinate descent."""
+    rows, cols = t.shape
+    return cols * cols * (cols // 3 + rows * (gptq.PASSES + gptq.PASSES // 2 + 1))
 
 
 class _Job:
@@ -140,10 +156,14 @@ class _Job:
         """
         t = self.wanted[i]
         rows, cols = t.shape
-        hessian = np.eye(cols) if s is None else s.hessian
-        assert hessian is not None
         group = encodings.BY_NAME[t.storage.encoding].group or t.storage.group
-        c = gptq.curvature(hessian, self.products, group=group, damping=damping)
+        c = gptq.curvature(
+            np.eye(cols) if s is None else s.take_hessian(),
+            self.products,
+            group=group,
+            damping=damping,
+            overwrite=True,
+        )
         out = np.empty((rows if ids is None else len(ids), cols), np.float32)
         for block in self._blocks(t):
             w = self.weights.rows(t, block.start, block.stop)
