@@ -38,6 +38,7 @@ def convert(
     max_bytes: int | str | None = None,
     max_kld: float | None = None,
     heldout: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
     on_plan: Callable[[Table], None] | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
@@ -53,7 +54,8 @@ def convert(
 
     The file is written aside, in the folder `.OUT.part`, and renamed when complete. A conversion that was stopped, even
     by a kill, goes on where it was when it is called with the same arguments, and gives the same bytes; `note` is
-    called with a line that says so. Two conversions to one output at a time are refused.
+    called with a line that says so. Two conversions to one output at a time are refused. max_memory: bytes that the
+    process may take (a number, or a text such as "1.5G"); it changes where things lie, never the result.
 
     smooth folds SmoothQuant's scales into the program, rotate Hadamard rotations of the residual stream, the heads
     and, as an op, the inputs of the down projections; models that do not allow it are refused.
@@ -69,7 +71,9 @@ def convert(
     from halfbyte.converter.allocation import table
     from halfbyte.converter.assemble import Sink, assemble, length
     from halfbyte.converter.builder import Builder
+    from halfbyte.converter.calibrate import LENGTH, SEQUENCES
     from halfbyte.converter.checkpoints import open_checkpoint
+    from halfbyte.converter.memory import budget
     from halfbyte.converter.plan import Plan
     from halfbyte.converter.recipe import check_method
     from halfbyte.converter.recipe import recipe as recipe_named
@@ -84,6 +88,11 @@ def convert(
     goal.check()
     if (recipe is not None) + (plan is not None) + bool(goal) > 1:
         raise UsageError("choose one: a recipe, a plan, or a goal such as --target-bits")
+    cap = allocate.parse_size(max_memory)
+    if cap is not None and goal:
+        raise UsageError(
+            "how much memory measuring takes is not known; --max-memory goes with a recipe or a plan"
+        )
     asked = [context, method, smooth, rotate, goal.bits, goal.nbytes, goal.kld]
     inputs = [Path(p) for p in (source, tokenizer, calibrate, plan, heldout) if p is not None]
     with (
@@ -138,6 +147,9 @@ def convert(
             meta,
             smooth,
         )
+        tokens = SEQUENCES * min(LENGTH, b.context_limit)
+        room = budget(cap, b, how.method, tokens, calibrate is not None)
+        how.memory = room.activations
         unfinished.begin(_identity(recipe, asked, inputs, out), note)
         folder = unfinished.folder
         how.prepare(folder, progress)
@@ -172,7 +184,7 @@ def convert(
             on_plan(used)
         assemble(
             b, out, meta, json, template, report, how.weights, quantizer(),
-            unfinished=unfinished, note=note,
+            unfinished=unfinished, note=note, block=room.block,
         )  # fmt: skip
     return out
 

@@ -71,6 +71,7 @@ def assemble(
     *,
     unfinished: Unfinished | None = None,
     note: Note | None = None,
+    block: int = BLOCK_WEIGHTS,
     finish: Callable[[Writer], None] | None = None,
 ) -> None:
     """Write the file. `progress(tensor name, weights done)` is called after every block.
@@ -78,7 +79,8 @@ def assemble(
     weights: where float rows come from, by default the builder's checkpoint. quantize(sink): quantises some
     matrices by another method than rounding to nearest, hands their planes to the sink and returns their indices.
     unfinished: where the file lies until it is complete, with the tensors that are whole already; `note` is told how
-    many. finish(writer) is called when all tensors are written, before the file is sealed and renamed.
+    many. block: weights to round at once. finish(writer) is called when all tensors are written, before the file is
+    sealed and renamed.
 
     Raises CheckpointError for weights that are not finite, HalfbyteError when the disk is full; in
     either case nothing remains under `path`.
@@ -106,7 +108,7 @@ def assemble(
             if i in sink.whole:
                 progress(t.name, t.shape[0] * t.shape[1])
             else:
-                encode(t, weights, partial(write_and_report, i))
+                encode(t, weights, partial(write_and_report, i), block=block)
         if finish:
             finish(writer)
 
@@ -168,13 +170,14 @@ def encode(
     weights: Weights,
     each: Callable[[int, Planes], None],
     importance: np.ndarray | None = None,
+    block: int = BLOCK_WEIGHTS,
 ) -> None:
     """Call each(first row, planes) for blocks that cover a matrix: codes as they arrived, or rounded to nearest.
 
-    importance float64[cols] weighs the columns where the encoding searches for scales.
+    block: weights of one, about. importance float64[cols] weighs the columns where the encoding searches for scales.
     """
     rows, cols = t.shape
-    step = max(tiles.PANEL, BLOCK_WEIGHTS // cols // tiles.PANEL * tiles.PANEL)
+    step = max(tiles.PANEL, block // cols // tiles.PANEL * tiles.PANEL)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         if t.storage.packed:

@@ -50,9 +50,7 @@ class Plan:
         template: str,
         meta: Mapping[str, Any],
         smooth: bool = False,
-        memory: int | None = None,
     ):
-        """memory: bytes of activations to hold while calibrating, by default what `Calibration` does."""
         self.b, self.weights, self.calibrate = b, weights, calibrate
         self.tokenizer, self.template, self.meta = tokenizer, template, dict(meta)
         rounds = any(
@@ -60,7 +58,7 @@ class Plan:
             for t in b.tensors
         )
         self.smooth = smooth
-        self.memory = memory
+        self.memory: int | None = None  # bytes of activations to hold; None for what `Calibration` does
         calibrates = method in CALIBRATED or smooth or calibrate is not None
         if not tokenizer and calibrates:
             raise UsageError(

@@ -80,6 +80,11 @@ def quantize(calibration: Calibration, sink: Sink, *, progress: Progress | None 
             else:
                 rows[name] = job.stored(i, looked_up)
 
+        coded = set(rows)
+
+        def embedding(t: Matrix, ids: np.ndarray) -> np.ndarray:
+            return rows.pop(t.name) if t.name in coded else calibration.embedding(t, ids)  # looked up once
+
         def visit(t: Matrix, s: Statistics) -> np.ndarray:
             return job.code(job.index[t.name], s, gptq.DAMPING)
 
@@ -88,7 +93,7 @@ def quantize(calibration: Calibration, sink: Sink, *, progress: Progress | None 
             drift=True,
             only=others,
             stored=lambda t: job.stored(job.index[t.name]) if job.index[t.name] in job.done else None,
-            embedding=lambda t, ids: rows[t.name] if t.name in rows else calibration.embedding(t, ids),
+            embedding=embedding,
             visits=_effort,
             progress=report,
         )
