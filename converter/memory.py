@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from halfbyte.converter import assemble, calibrate, sequential
 from halfbyte.converter.builder import Builder, Matrix
+from halfbyte.converter.calibration.cuts import used
 from halfbyte.converter.calibration.route import Route
 from halfbyte.converter.quantizers import gptq
 from halfbyte.formats.errors import UsageError
@@ -58,10 +59,14 @@ def budget(cap: int | None, b: Builder, method: str, tokens: int, calibrated: bo
 def _walk(b: Builder, method: str, tokens: int, calibrated: bool) -> int:
     """Bytes of a walk through the program that holds no activations, at its worst moment."""
     route = Route(b, None)
+    if not route.stages:
+        return 0
     length = min(calibrate.LENGTH, b.context_limit)
-    arena = 4 * length * sum(int(s["width"]) for i, s in enumerate(route.slots) if int(s["base"]) == i)
-    widest = max((int(s["width"]) for s in route.slots), default=0)
-    always = 2 * arena + 4 * 4 * length * widest + _text(b, calibrated)
+    reached = route.records[: route.stages[-1].first]
+    slots = {int(route.slots[i]["base"]) for r in reached for i in (*used(r["out"]), *used(r["in"]))}
+    widths = [int(route.slots[i]["width"]) for i in slots]  # the logits are never reached
+    # the arena, copies of the inputs and residuals of one sequence, and products on their way
+    always = 4 * length * (sum(widths) + 6 * max(widths, default=0)) + _text(b, calibrated)
     drift = method == "gptq"
     worst = 0
     before = (1 + drift) * 4 * tokens * b.hidden  # the embedding's rows

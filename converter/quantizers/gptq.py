@@ -222,7 +222,7 @@ class _Rows:
         y /= c.d[:, None]
         for s in blocks:
             if s.start:
-                y[s] -= np.ascontiguousarray(c.u[: s.start, s].T) @ y[: s.start]
+                y[s] -= c.u[: s.start, s].T @ y[: s.start]
             _feedback.solve_block(np.ascontiguousarray(c.u[s, s]), y[s], True)
         out = np.empty_like(y)
         out[c.order] = y
@@ -245,7 +245,7 @@ class _Rows:
             a, z = int(c.groups[first]), int(c.groups[last])
             target = self.w[a:z].copy()
             if a:
-                target += np.ascontiguousarray(c.u[:a, a:z].T) @ self.error[:a]
+                target += c.u[:a, a:z].T @ self.error[:a]
             for g in range(first, last):
                 p, r = int(c.groups[g]), int(c.groups[g + 1])
                 if p > a:
@@ -304,7 +304,7 @@ class _Rows:
                 if r < z:
                     local[r - a :] += np.ascontiguousarray(c.h[p:r, r:z].T) @ own
             if z < len(self.w):
-                gradient[z:] += np.ascontiguousarray(c.h[a:z, z:].T) @ change
+                gradient[z:] += c.h[z:, a:z] @ change
         return moved
 
     def store(self, out: dict[str, np.ndarray]) -> None:
