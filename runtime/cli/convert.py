@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rotate", action="store_true", help="spread large activations by Hadamard rotations first"
     )
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory to stay below: 800M, 1.5G; the result is the same (with rtn and gptq)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no remarks")
     goal = parser.add_argument_group("which encoding each matrix gets, instead of a recipe")
     goal.add_argument(
         "--plan", metavar="FILE", help="as this file says: a plan that was saved, and perhaps edited"
@@ -93,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     out = Path(args.out) if args.out is not None else default_out(args.source)
     plans: list[Any] = []
-    with Progress("converting") as progress:
+    with Progress("converting", quiet=args.quiet, lines=True) as progress:
         halfbyte.convert(
             args.source,
             out,
@@ -112,8 +118,10 @@ def run(args: argparse.Namespace) -> int:
             heldout=args.heldout,
             proof=args.proof,
             save_heldout=args.save_heldout,
+            max_memory=args.max_memory,
             on_plan=plans.append,
             progress=progress,
+            note=progress.note,
         )
     seconds = time.perf_counter() - start
     file = File(out)
