@@ -24,9 +24,10 @@ from halfbyte.runtime.cli.terminal import one_line
 from halfbyte.runtime.library import find
 
 COMMANDS = (
-    "pull", "list", "rm", "convert", "run", "chat", "serve", "info", "explain", "check", "eval", "bench", "fit", "demo",
-    "doctor",
-)  # fmt: skip
+    *("pull", "list", "rm", "convert", "report"),
+    *("run", "chat", "serve"),
+    *("info", "explain", "check", "eval", "bench", "fit", "demo", "doctor"),
+)
 ERROR, BUG = 2, 70
 
 

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 def facts(file: File) -> dict[str, Any]:
     """Everything `info --json` prints; sizes in bytes."""
+    from halfbyte.runtime.cli.report import of_file
     from halfbyte.runtime.model import weight_facts
 
     values = sum(int(c["kv_heads"]) * (int(c["k_dim"]) + int(c["v_dim"])) for c in file.caches)
@@ -48,6 +49,7 @@ def facts(file: File) -> dict[str, Any]:
         "kv_values_per_token": values,
         "tokenizer": "TOKN" in file.sections,
         "chat_template": "TMPL" in file.sections,
+        "proof": of_file(file),
     }
 
 
@@ -64,6 +66,7 @@ def _print(found: dict[str, Any]) -> None:
         ("program", f"{found['program_records']} records, {found['tensors']} tensors"),
         ("tokenizer", yes[found["tokenizer"]]),
         ("chat template", yes[found["chat_template"]]),
+        ("proof", found["proof"] or "none"),
         *((key, _short(value)) for key, value in found["metadata"].items()),
     ]
     width = max(len(printable(key)) for key, _ in rows)
