@@ -1,6 +1,7 @@
 """llama.cpp (llama-cpp-python's low-level API) as a worker of the comparisons; see compare_worker.py.
 
-Flags of this script beside serving: `--gguf CHECKPOINT OUT` and `--quantize IN OUT TYPE THREADS`. It runs under the
+Flags of this script beside serving: `--gguf CHECKPOINT OUT` and `--quantize IN OUT TYPE THREADS [pure] [IMATRIX.npz]`,
+`--encode IN.npz OUT.npz TYPE`. It runs under the
 peer's interpreter and imports nothing of halfbyte.
 """
 
@@ -128,15 +129,60 @@ class LlamaCpp:
             raise ValueError(f"llama.cpp cannot go back to {depth} tokens")
 
 
-def quantize(source: str, out: str, name: str, threads: str) -> None:
-    """`llama-quantize`'s defaults, for one of its type names."""
+def quantize(source: str, out: str, name: str, threads: str, *options: str) -> None:
+    """`llama-quantize`'s defaults, for one of its type names.
+
+    options: `pure`, the type for every matrix rather than its mixture; a `.npz` of float32[cols] by tensor name, the
+    importance matrix: mean squares of the inputs.
+    """
     import llama_cpp as lib
+    import numpy as np
 
     params = lib.llama_model_quantize_default_params()
     params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{name}")
-    params.nthread = int(threads)
+    params.nthread, params.pure = int(threads), "pure" in options
+    if params.pure:
+        params.output_tensor_type = params.token_embedding_type = lib.GGML_TYPE_COUNT
+    for path in (o for o in options if o.endswith(".npz")):
+        given = {k: np.ascontiguousarray(v, np.float32) for k, v in np.load(path).items()}
+        entries = (lib.llama_model_imatrix_data * (len(given) + 1))()  # ends with a null name
+        for entry, (tensor, values) in zip(entries, given.items()):
+            entry.name, entry.size = tensor.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = entries
     if lib.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)):
         raise SystemExit(f"llama.cpp cannot quantise {source} to {name}")
+
+
+def encode(source: str, out: str, name: str) -> None:
+    """Matrices of a `.npz` quantised to one ggml type and decoded; `NAME importance` weighs the columns of NAME.
+
+    Rows that are no multiple of the type's block are laid end to end until they are one.
+    """
+    import gguf
+    import llama_cpp
+    import numpy as np
+
+    lib = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so"))))
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    kind = gguf.GGMLQuantizationType[name]
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    given, read = np.load(source), {}
+
+    def at(values: np.ndarray) -> ctypes.c_void_p:
+        return ctypes.c_void_p(values.ctypes.data)
+
+    for matrix in (n for n in given.files if not n.endswith(" importance")):
+        w = np.ascontiguousarray(given[matrix], np.float32)
+        joined = next(k for k in range(1, block + 1) if k * w.shape[1] % block == 0 and len(w) % k == 0)
+        importance = f"{matrix} importance"
+        weights = np.tile(given[importance].astype(np.float32), joined) if importance in given else None
+        rows, cols = len(w) // joined, w.shape[1] * joined
+        packed = np.zeros((rows, cols // block * nbytes), np.uint8)
+        size = (ctypes.c_int64(v) for v in (0, rows, cols))
+        lib.ggml_quantize_chunk(int(kind), at(w), at(packed), *size, None if weights is None else at(weights))
+        read[matrix] = gguf.quants.dequantize(packed, kind).reshape(w.shape)
+    np.savez(out, **read)
 
 
 if __name__ == "__main__":
@@ -145,6 +191,8 @@ if __name__ == "__main__":
 
         gguf_checkpoint.write(Path(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1:2] == ["--quantize"]:
-        quantize(*sys.argv[2:6])
+        quantize(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--encode"]:
+        encode(*sys.argv[2:5])
     else:
         compare_worker.serve(LlamaCpp())

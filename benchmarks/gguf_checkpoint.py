@@ -1,4 +1,4 @@
-"""Write a llama, qwen2 or qwen3 checkpoint of one bf16 safetensors file as GGUF, with the `gguf` package.
+"""Write a llama, qwen2 or qwen3 checkpoint of one bf16, f16 or f32 safetensors file as GGUF, with the `gguf` package.
 
 There is no tokenizer in it (`none`): the comparisons feed token ids. Weights are mapped, so memory stays small.
 """
@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+DTYPES = {
+    "BF16": np.uint16,
+    "F16": np.float16,
+    "F32": np.float32,
+}  # safetensors' name -> how its bytes are held
 
 # Hugging Face's names -> GGUF's; {} is the layer.
 NAMES = {
@@ -32,8 +38,8 @@ NAMES = {
 }
 
 
-def tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, uint16 view of the bf16 numbers) of every tensor of a safetensors file."""
+def tensors(path: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(name, dtype, values) of every tensor of a safetensors file; BF16 numbers come as uint16."""
     with path.open("rb") as f:
         size = struct.unpack("<Q", f.read(8))[0]
         header = json.loads(f.read(size))
@@ -41,15 +47,15 @@ def tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] != "BF16":
-            raise ValueError(f"{path}: {name} is {entry['dtype']}, not BF16")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} is {entry['dtype']}, not one of {', '.join(DTYPES)}")
         start, end = entry["data_offsets"]
-        yield name, data[start:end].view(np.uint16).reshape(entry["shape"])
+        yield name, entry["dtype"], data[start:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def as_float(bits: np.ndarray) -> np.ndarray:
-    """float32 of bf16 numbers given as uint16."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def as_float(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 of what `tensors` gives."""
+    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values.astype(np.float32)
 
 
 def gguf_name(name: str) -> str:
@@ -93,15 +99,22 @@ def write(checkpoint: Path, out: Path) -> None:
     writer.add_rope_dimension_count(dim)
     writer.add_rope_freq_base(float(config.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    found = list(tensors(checkpoint / "model.safetensors"))
+    widest = max((dtype for _, dtype, _ in found), key=list(DTYPES).index)
+    writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if widest == "F32" else f"MOSTLY_{widest}"))
     writer.add_tokenizer_model("none")
-    for name, bits in tensors(checkpoint / "model.safetensors"):
-        if bits.ndim == 1:
-            writer.add_tensor(gguf_name(name), as_float(bits))
+    for name, dtype, values in found:
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            if "model.embed_tokens.weight" in (n for n, _, _ in found):
+                continue
+            name = "model.embed_tokens.weight"  # safetensors keep one of two tied names
+        if values.ndim == 1:
+            writer.add_tensor(gguf_name(name), as_float(values, dtype))
             continue
         if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            bits = interleaved(bits, heads if "q_proj" in name else kv_heads)
-        writer.add_tensor(gguf_name(name), bits.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+            values = interleaved(values, heads if "q_proj" in name else kv_heads)
+        raw = getattr(gguf.GGMLQuantizationType, dtype)
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(values).view(np.uint8), raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

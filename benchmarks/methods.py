@@ -63,11 +63,11 @@ class Bench:
         self.folder = folder
         self.reference = halfbyte.load(self.convert(self.source, "f32"), policy="f32")
         raw = (data / text).read_bytes()
-        self.text, calibrated = (
+        self.text, self.calibration_text = (
             raw[a:z].decode("utf-8", "ignore").replace("<|endoftext|>", "\n\n")
             for a, z in (test, calibration)
         )
-        self.ids = windows(self.reference, calibrated, self.ctx)
+        self.ids = windows(self.reference, self.calibration_text, self.ctx)
 
     def convert(self, source: Path, name: str) -> Path:
         """The f32 file of a checkpoint."""
@@ -124,9 +124,15 @@ class Method:
         return _planes.decode(planes, self.encoding, self.group)
 
     def run(
-        self, planes: Callable[[np.ndarray, Statistics], _planes.Planes], correct: bool = False
+        self,
+        planes: Callable[[np.ndarray, Statistics], _planes.Planes],
+        correct: bool = False,
+        drift: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Decoded matrices; embeddings are q8. `correct` adds mean-bias corrections to the program."""
+        """Decoded matrices; embeddings are q8. `correct` adds mean-bias corrections to the program.
+
+        drift: the statistics also hold what outputs miss, which GPTQ makes up for.
+        """
         embeddings = {r.weights[0] for r in self.b._records if r.op == "embed"}
         matrices: dict[str, np.ndarray] = {}
         shifts: dict[int, np.ndarray] = {}
@@ -146,7 +152,7 @@ class Method:
                     shifts[self.b.tensors.index(t)] = bias.correction(w, read, s.mean)
             return matrices[t.name]
 
-        self.calibration.run(visit)
+        self.calibration.run(visit, drift=drift)
         for i, values in shifts.items():
             bias.apply(self.fold, i, values)
         return matrices
@@ -172,10 +178,13 @@ class Method:
         return autoround.quantize(w, self.encoding, s.hessian, group=self.group, **options)
 
     def gptq(self, w: np.ndarray, s: Statistics, **options: int) -> _planes.Planes:
-        """Error feedback and descent."""
+        """Error feedback and descent; what the outputs miss is made up for as in `sequential.quantize`."""
+        missing = s.missing(w)
+        if missing is not None:
+            missing = missing * (s.count / (s.count + w.shape[1]))
         with Products() as products:
             c = gptq.curvature(s.hessian, products, group=32)
-            return gptq.quantize(w, self.encoding, c, products, **options)
+            return gptq.quantize(w, self.encoding, c, products, missing=missing, **options)
 
     def both(self, w: np.ndarray, s: Statistics) -> _planes.Planes:
         """GPTQ, and learned rounding from there."""
@@ -216,6 +225,7 @@ def rows(encoding: str) -> list[tuple[str, Callable[[Method], None], str, dict]]
         out += [
             ("gptq (no descent)", none, "gptq", {"passes": 0}),
             ("gptq", none, "gptq", {}),
+            ("gptq, drift", none, "gptq", {"drift": True}),
             ("awq scales, gptq", scaled, "gptq", {}),
             ("gptq, autoround from there", none, "both", {}),
         ]
@@ -247,9 +257,9 @@ def weights_table(
                 continue
             m = Method(bench, encoding, group)
             prepare(m)
-            correct = bool(options.pop("correct", False))
+            correct, drift = (bool(options.pop(o, False)) for o in ("correct", "drift"))
             quantise = getattr(m, how)
-            matrices = m.run(lambda w, s, q=quantise, o=options: q(w, s, **o), correct)
+            matrices = m.run(lambda w, s, q=quantise, o=options: q(w, s, **o), correct, drift)
             line(label, bench.write(m.b, matrices))
         for pair in also:
             label, _, where = pair.partition("=")

@@ -38,8 +38,12 @@ def convert(
     max_bytes: int | str | None = None,
     max_kld: float | None = None,
     heldout: str | os.PathLike[str] | None = None,
+    proof: bool | None = None,
+    save_heldout: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
     on_plan: Callable[[Table], None] | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Convert a checkpoint and return the path of the file written.
 
@@ -48,7 +52,12 @@ def convert(
     to use instead of the one found beside the weights. context: the number of positions to allow,
     at most what the model was made for. calibrate: a text or a `.jsonl` of chats that is like what the model will
     see; method: see `converter.recipe.METHODS`. Without a calibration text gptq uses text that the model writes
-    itself (small models) and a built-in mix. The file is written aside and renamed when complete.
+    itself (small models) and a built-in mix.
+
+    The file is written aside, in the folder `.OUT.part`, and renamed when complete. A conversion that was stopped, even
+    by a kill, goes on where it was when it is called with the same arguments, and gives the same bytes; `note` is
+    called with a line that says so. Two conversions to one output at a time are refused. max_memory: bytes that the
+    process may take (a number, or a text such as "1.5G"); it changes where things lie, never the result.
 
     smooth folds SmoothQuant's scales into the program, rotate Hadamard rotations of the residual stream, the heads
     and, as an op, the inputs of the down projections; models that do not allow it are refused.
@@ -58,16 +67,24 @@ def convert(
     float model in nats a token on the text heldout (default: part of the calibration text, then not calibrated on).
     save_plan: where to write the plan that was used; on_plan is called with it.
 
+    proof: measure how close the file is to the float model and write that into it (section PROF; see `halfbyte
+    report`): on the text heldout, else on text that a small model writes itself, else on a built-in one; save_heldout:
+    where to write that text. None measures small models only, False writes no proof at all.
+
     Raises CheckpointError, TokenizerError or UsageError, each in one line.
     """
     from halfbyte.converter import allocate, models
     from halfbyte.converter.allocation import table
-    from halfbyte.converter.assemble import assemble, length
+    from halfbyte.converter.assemble import Sink, assemble, length
     from halfbyte.converter.builder import Builder
+    from halfbyte.converter.calibrate import LENGTH, SEQUENCES
     from halfbyte.converter.checkpoints import open_checkpoint
+    from halfbyte.converter.memory import budget
     from halfbyte.converter.plan import Plan
+    from halfbyte.converter.proof import prover
     from halfbyte.converter.recipe import check_method
     from halfbyte.converter.recipe import recipe as recipe_named
+    from halfbyte.converter.unfinished import Unfinished
     from halfbyte.converter.weights import Weights
 
     out = Path(out)
@@ -78,7 +95,17 @@ def convert(
     goal.check()
     if (recipe is not None) + (plan is not None) + bool(goal) > 1:
         raise UsageError("choose one: a recipe, a plan, or a goal such as --target-bits")
-    with open_checkpoint(Path(source), None if tokenizer is None else Path(tokenizer)) as checkpoint:
+    cap = allocate.parse_size(max_memory)
+    if cap is not None and goal:
+        raise UsageError(
+            "how much memory measuring takes is not known; --max-memory goes with a recipe or a plan"
+        )
+    asked = [context, method, smooth, rotate, goal.bits, goal.nbytes, goal.kld, proof is not False]
+    inputs = [Path(p) for p in (source, tokenizer, calibrate, plan, heldout) if p is not None]
+    with (
+        open_checkpoint(Path(source), None if tokenizer is None else Path(tokenizer)) as checkpoint,
+        Unfinished(out) as unfinished,
+    ):
         if recipe is None:
             floats = {"f32", "f16", "bf16", "f64"}
             recipe = "keep" if any(checkpoint.dtype(n) not in floats for n in checkpoint.names()) else "q4"
@@ -127,33 +154,62 @@ def convert(
             meta,
             smooth,
         )
-        how.prepare(out.parent, progress)
+        tokens = SEQUENCES * min(LENGTH, b.context_limit)
+        room = budget(cap, b, how.method, tokens, calibrate is not None)
+        how.memory = room.activations
+        unfinished.begin(_identity(recipe, asked, inputs, out), note)
+        folder = unfinished.folder
+        how.prepare(folder, progress)
         meta["quantization.method"] = how.method
+        prove = prover(
+            how, checkpoint, proof, {"smooth": smooth, "rotate": rotate, "context": context},
+            heldout=heldout, unused=heldout is not None and max_kld is None,
+            save=save_heldout, calibrate=calibrate, progress=progress,
+        )  # fmt: skip
 
-        def write(path: Path, report: Callable[[str, int], None]) -> None:
-            assemble(b, path, meta, json, template, report, how.weights, how.quantizer(out.parent, progress))
+        def quantizer() -> Callable[[Sink], set[int]] | None:
+            return how.quantizer(folder, progress)
 
-        if goal:
-            held_out = (
-                how.hold_out(out.parent, None if heldout is None else Path(heldout))
-                if max_kld is not None
-                else []
-            )
+        def trial(path: Path) -> None:
+            assemble(b, path, meta, json, template, lambda name, weights: None, how.weights, quantizer())
+
+        held_out = []
+        if max_kld is not None:
+            held_out = how.hold_out(folder, None if heldout is None else Path(heldout))
+        chosen = unfinished.fact("plan")
+        if goal and chosen is None:
             used = allocate.choose(
-                b, goal, how.method, how.sequences(out.parent), how.weights, meta, out.parent,
+                b, goal, how.method, how.sequences(folder), how.weights, meta, folder,
                 held_out=held_out,
-                length=lambda: length(b, meta, json, template),
-                convert=lambda path: write(path, lambda name, weights: None),
+                length=lambda: length(b, meta, json, template, prove.room() if prove else 0),
+                convert=trial,
                 progress=progress,
             )  # fmt: skip
+            unfinished.remember("plan", used.facts())
+        elif goal:
+            used = table.Table.remembered(b, how.method, chosen)
         else:
             used = table.Table.of(b, how.method, {})
         if save_plan is not None:
             used.save(Path(save_plan))
         if on_plan:
             on_plan(used)
-        write(out, report)
+        assemble(
+            b, out, meta, json, template, report, how.weights, quantizer(),
+            unfinished=unfinished, note=note, block=room.block, prove=prove,
+        )  # fmt: skip
     return out
+
+
+def _identity(recipe: str, asked: list[Any], inputs: list[Path], out: Path) -> str:
+    """What must be as it was for an unfinished file to be continued."""
+    import numpy as np
+
+    from halfbyte import __version__
+    from halfbyte.converter.unfinished import files_in, identity
+    from halfbyte.formats.container import VERSION
+
+    return identity(__version__, VERSION, np.__version__, recipe, asked, files_in(inputs, out))
 
 
 def _rotate(b: Builder) -> None:

@@ -5,6 +5,7 @@ Memory stays bounded by a few blocks, whatever the size of the checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,16 +16,48 @@ import numpy as np
 from halfbyte.converter.builder import Builder, Matrix, Vector
 from halfbyte.converter.checkpoints.checkpoint import Packed
 from halfbyte.converter.recipe import Storage
+from halfbyte.converter.unfinished import Note, Unfinished, identity
 from halfbyte.converter.weights import Weights, check_finite
 from halfbyte.formats import encodings, tiles
+from halfbyte.formats.container import SECTION_ALIGNMENT
 from halfbyte.formats.errors import CheckpointError
 from halfbyte.formats.metadata import Value
 from halfbyte.formats.writer import TensorSpec, Writer
 
 Planes = dict[str, np.ndarray]  # codes [rows, cols], scales [rows, groups], row [rows], ... by plane
-Write = Callable[[int, int, Planes], None]  # (index of the tensor, first row, planes of some rows)
 
 BLOCK_WEIGHTS = 1 << 22  # weights held at once: 16 MiB as float32
+
+
+class Sink:
+    """What takes the planes of matrices: sink(index of the tensor, first row, planes), in blocks that cover a matrix.
+
+    `whole` are the tensors that an earlier run finished: what is written to them again is dropped.
+    """
+
+    def __init__(self, b: Builder, writer: Writer, unfinished: Unfinished | None):
+        self.b, self.writer, self.unfinished = b, writer, unfinished
+        self.whole: set[int] = set()
+        self._rows: dict[int, int] = {}
+        if unfinished is not None:
+            for i, digest in unfinished.tensors().items():
+                if i < len(b.tensors) and writer.digest(i).hex() == digest:
+                    self.whole.add(i)
+
+    def __call__(self, index: int, row: int, planes: Planes) -> None:
+        if index in self.whole:
+            return
+        t = self.b.tensors[index]
+        assert isinstance(t, Matrix)
+        for plane, data in _packed(planes, encodings.BY_NAME[t.storage.encoding].bits).items():
+            self.writer.write(index, plane, row // tiles.PANEL, data)
+        self._rows[index] = self._rows.get(index, 0) + len(next(iter(planes.values())))
+        if self.unfinished is not None and self._rows[index] == t.shape[0]:
+            self.unfinished.add(index, t.name, self.writer.digest(index))
+
+    def stored(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """float32[stop - start, cols]: rows of a matrix that is whole; `start` is a multiple of 16."""
+        return self.writer.rows(index, start, self.b.tensors[index].shape[0] if stop is None else stop)
 
 
 def assemble(
@@ -35,36 +68,52 @@ def assemble(
     template: str,
     progress: Callable[[str, int], None],
     weights: Weights | None = None,
-    quantize: Callable[[Write], set[int]] | None = None,
+    quantize: Callable[[Sink], set[int]] | None = None,
+    *,
+    unfinished: Unfinished | None = None,
+    note: Note | None = None,
+    block: int = BLOCK_WEIGHTS,
+    prove: Callable[[Path], bytes] | None = None,
 ) -> None:
     """Write the file. `progress(tensor name, weights done)` is called after every block.
 
-    weights: where float rows come from, by default the builder's checkpoint. quantize(write): quantises some
-    matrices by another method than rounding to nearest, hands their planes to `write` and returns their indices.
+    weights: where float rows come from, by default the builder's checkpoint. quantize(sink): quantises some
+    matrices by another method than rounding to nearest, hands their planes to the sink and returns their indices.
+    unfinished: where the file lies until it is complete, with the tensors that are whole already; `note` is told how
+    many. block: weights to round at once. prove(path): the section PROF of the file, which is complete under that path
+    but for it.
 
     Raises CheckpointError for weights that are not finite, HalfbyteError when the disk is full; in
     either case nothing remains under `path`.
     """
-    with _writer(b, path, meta, tokenizer, template) as writer:
+    aside = unfinished.file if unfinished else None
+    with _writer(b, path, meta, tokenizer, template, aside, ("PROF",) if prove else ()) as writer:
         for i, t in enumerate(b.tensors):
             if isinstance(t, Vector):
                 writer.write(i, "values", 0, t.values)
-
-        def write(index: int, row: int, planes: Planes) -> None:
-            t = b.tensors[index]
-            assert isinstance(t, Matrix)
-            for plane, data in _packed(planes, encodings.BY_NAME[t.storage.encoding].bits).items():
-                writer.write(index, plane, row // tiles.PANEL, data)
+        if unfinished is not None:
+            unfinished.lay_out(_layout(b, writer, meta, tokenizer, template))
+        sink = Sink(b, writer, unfinished)
+        if sink.whole and note:
+            matrices = sum(isinstance(t, Matrix) for t in b.tensors)
+            note(f"continuing: {len(sink.whole)} of {matrices} matrices are done")
 
         def write_and_report(index: int, row: int, planes: Planes) -> None:
-            write(index, row, planes)
+            sink(index, row, planes)
             progress(b.tensors[index].name, next(iter(planes.values())).size)
 
         weights = weights or Weights(b)
-        done = quantize(write) if quantize else set()
+        done = quantize(sink) if quantize else set()
         for i, t in enumerate(b.tensors):
-            if isinstance(t, Matrix) and i not in done:
-                encode(t, weights, partial(write_and_report, i))
+            if not isinstance(t, Matrix) or i in done:
+                continue
+            if i in sink.whole:
+                progress(t.name, t.shape[0] * t.shape[1])
+            else:
+                encode(t, weights, partial(write_and_report, i), block=block)
+        if prove:
+            writer.seal()
+            writer.annotate("PROF", prove(writer.partial))
 
 
 def assemble_float(
@@ -79,7 +128,15 @@ def assemble_float(
         b.tensors = tensors
 
 
-def _writer(b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, template: str) -> Writer:
+def _writer(
+    b: Builder,
+    path: Path,
+    meta: dict[str, Value],
+    tokenizer: bytes,
+    template: str,
+    aside: Path | None = None,
+    annotations: tuple[str, ...] = (),
+) -> Writer:
     records, slots, caches = b.finish()
     specs = [
         TensorSpec(t.name, "u32" if t.values.dtype == np.uint32 else "f32", t.shape)
@@ -96,12 +153,22 @@ def _writer(b: Builder, path: Path, meta: dict[str, Value], tokenizer: bytes, te
         tensors=specs,
         tokenizer=tokenizer,
         template=template,
+        partial=aside,
+        annotations=annotations,
     )
 
 
-def length(b: Builder, meta: dict[str, Value], tokenizer: bytes, template: str) -> int:
-    """Bytes of the file that `assemble` would write."""
-    return _writer(b, Path("unwritten"), meta, tokenizer, template).length
+def _layout(b: Builder, writer: Writer, meta: dict[str, Value], tokenizer: bytes, template: str) -> str:
+    """Identity of everything in a file but its weights."""
+    parts = [hashlib.sha256(a.tobytes()).hexdigest() for a in b.finish()]
+    tensors = [(t.name, t.encoding, t.shape, t.group, t.scale_type) for t in writer.tensors]
+    return identity(parts, tensors, writer.placed, meta, hashlib.sha256(tokenizer).hexdigest(), template)
+
+
+def length(b: Builder, meta: dict[str, Value], tokenizer: bytes, template: str, proof: int = 0) -> int:
+    """Bytes of the file that `assemble` would write, with a proof of so many bytes."""
+    writer = _writer(b, Path("unwritten"), meta, tokenizer, template, None, ("PROF",) if proof else ())
+    return tiles.align(writer.length, SECTION_ALIGNMENT) + proof if proof else writer.length
 
 
 def encode(
@@ -109,13 +176,14 @@ def encode(
     weights: Weights,
     each: Callable[[int, Planes], None],
     importance: np.ndarray | None = None,
+    block: int = BLOCK_WEIGHTS,
 ) -> None:
     """Call each(first row, planes) for blocks that cover a matrix: codes as they arrived, or rounded to nearest.
 
-    importance float64[cols] weighs the columns where the encoding searches for scales.
+    block: weights of one, about. importance float64[cols] weighs the columns where the encoding searches for scales.
     """
     rows, cols = t.shape
-    step = max(tiles.PANEL, BLOCK_WEIGHTS // cols // tiles.PANEL * tiles.PANEL)
+    step = max(tiles.PANEL, block // cols // tiles.PANEL * tiles.PANEL)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         if t.storage.packed:

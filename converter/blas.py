@@ -82,11 +82,15 @@ class Products:
     def add_gram(self, total: np.ndarray, a: np.ndarray, b: np.ndarray | None = None) -> None:
         """total[n, k] += a[m, n]^T b[m, k]; without b, a^T a in the upper triangle of tiles only."""
         other = a if b is None else b
+        left = np.empty((a.shape[1], a.shape[0]), a.dtype)
+
+        def turn(r: slice) -> None:
+            left[r] = a[:, r].T  # a copy: for equal operands NumPy would call another routine
 
         def work(part: tuple[slice, slice]) -> None:
-            # A copy of the left tile: for equal operands NumPy would call another routine.
-            total[part] += np.ascontiguousarray(a[:, part[0]].T) @ other[:, part[1]]
+            total[part] += left[part[0]] @ other[:, part[1]]
 
+        self.each(turn, spans(total.shape[0]))
         pairs = ((r, c) for r in spans(total.shape[0]) for c in spans(total.shape[1]))
         self.each(work, (p for p in pairs if b is not None or p[1].start >= p[0].start))
 

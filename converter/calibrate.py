@@ -14,8 +14,8 @@ The visitor may return the float32[rows, cols] that later layers are to see, suc
 `hessians=False` and returns None; it may register edits in `Weights` or replace vectors of the builder
 afterwards, and walk again.
 
-Memory: the activations that live across a cut, for all tokens (mostly hidden states, tokens x hidden x 4 bytes),
-one matrix and its Hessian. Results do not depend on the number of threads.
+Memory: the activations that live across a cut, for all tokens (mostly hidden states, tokens x hidden x 4 bytes; what
+is more than a limit lies in a file), one matrix and its Hessian. Results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ import numpy as np
 
 from halfbyte.converter.blas import Products
 from halfbyte.converter.builder import Builder, Matrix
+from halfbyte.converter.calibration.activations import Activations
 from halfbyte.converter.calibration.cuts import (
     ADD,
     EMBED,
     LINEAR,
     Stage,
-    find_stages,
     overlap,
     used,
     write_program,
 )
+from halfbyte.converter.calibration.route import Route, Visits
 from halfbyte.converter.calibration.statistics import Collector, Statistics
 from halfbyte.converter.weights import Weights
 from halfbyte.formats import ops, program
@@ -52,12 +53,13 @@ if TYPE_CHECKING:
 SEQUENCES, LENGTH = 64, 512  # tokens to calibrate on, at most
 BUILT_IN = Path(__file__).parent / "calibration" / "mix.txt"
 
+ACTIVATIONS = 1 << 30  # bytes of activations that are held in memory, unless told otherwise
 EMBED_ROWS = 1 << 14  # rows of an embedding table read at once
 
 
 # visit(matrix, statistics of its input) -> float32[rows, cols] that later layers see, or None for the float weights
 Visit = Callable[[Matrix, Statistics], "np.ndarray | None"]
-# progress(what, tokens done, tokens in all); every matrix group takes one pass over the tokens
+# progress(matrix, multiply-adds done, multiply-adds in all)
 Progress = Callable[[str, int, int], None]
 
 
@@ -72,8 +74,14 @@ class Calibration:
         *,
         backend: str | None = None,
         threads: int | None = None,
+        folder: Path | None = None,
+        memory: int = ACTIVATIONS,
     ):
-        """sequences: token ids, each sequence from position 0. Raises UsageError when there are none."""
+        """sequences: token ids, each sequence from position 0. Raises UsageError when there are none.
+
+        memory: bytes of activations to hold; what is more lies in unnamed files in `folder` (default: where temporary
+        files are).
+        """
         self.b, self.weights = b, weights
         self.ids = [np.asarray(s, np.int64) for s in sequences if len(s)]
         if not self.ids:
@@ -81,6 +89,7 @@ class Calibration:
         if any(int(s.min()) < 0 or int(s.max()) >= b.vocab for s in self.ids):
             raise UsageError(f"calibration ids must lie in 0..{b.vocab - 1}")
         self.backend, self.threads = backend, threads
+        self.folder, self.memory = folder, memory
         self.tokens = sum(map(len, self.ids))
 
     def run(
@@ -91,19 +100,61 @@ class Calibration:
         drift: bool = False,
         sample: int = 0,
         only: Container[str] | None = None,
+        stored: Callable[[Matrix], np.ndarray | None] | None = None,
         embedding: Callable[[Matrix, np.ndarray], np.ndarray] | None = None,
+        visits: Visits | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Call `visit` once for every matrix that a LINEAR uses, in the order of the program.
 
         hessians: collect x x^T, which most of the time goes into. drift: carry the float model's activations
         along as well and collect what the outputs miss (more than twice the time and memory). sample: rows to keep.
-        only: names of the matrices to visit; the others stay as they are and cost no statistics.
+        only: names of the matrices to visit; the others cost no statistics, and the walk ends with the last one.
+        stored(matrix) -> float32[rows, cols] is what later layers see of one that is not visited, None its weights.
         embedding(matrix, ids) -> float32[n, hidden] replaces the rows of an embedding table.
+        visits(matrix): multiply-adds of a visit, for the progress.
         """
-        with tempfile.TemporaryDirectory(prefix="halfbyte-") as folder, Products(self.threads) as products:
-            walk = _Walk(self, Path(folder) / "program.hb", products)
-            walk.go(visit, hessians, drift, sample, only, embedding or self.embedding, progress)
+        with (
+            tempfile.TemporaryDirectory(prefix="halfbyte-") as folder,
+            Activations(self.tokens, self.folder, self.memory) as activations,
+            Products(self.threads) as products,
+        ):
+            walk = _Walk(self, only, Path(folder) / "program.hb", products, activations)
+            walk.go(
+                visit,
+                hessians,
+                drift,
+                sample,
+                stored,
+                embedding or self.embedding,
+                visits or _nothing,
+                progress,
+            )
+
+    def on(self, sequences: Sequence[Sequence[int]]) -> Calibration:
+        """The same on other sequences."""
+        return Calibration(
+            self.b,
+            self.weights,
+            sequences,
+            backend=self.backend,
+            threads=self.threads,
+            folder=self.folder,
+            memory=self.memory,
+        )
+
+    def effort(
+        self,
+        *,
+        hessians: bool = True,
+        drift: bool = False,
+        only: Container[str] | None = None,
+        visits: Visits | None = None,
+    ) -> int:
+        """Multiply-adds of a walk: what its progress goes up to."""
+        route = Route(self.b, only)
+        walk = route.efforts(self.tokens, hessians, drift)
+        return sum(walk) + sum(map(visits or _nothing, route.visited()))
 
     def embedding(self, t: Matrix, ids: np.ndarray) -> np.ndarray:
         """Float rows `ids` of a table, read a block at a time."""
@@ -116,15 +167,27 @@ class Calibration:
         return out
 
 
+def _nothing(t: Matrix) -> int:
+    return 0
+
+
 class _Walk:
     """The program in a temporary file, and the activations of all tokens at the current cut."""
 
-    def __init__(self, c: Calibration, path: Path, products: Products):
+    def __init__(
+        self,
+        c: Calibration,
+        only: Container[str] | None,
+        path: Path,
+        products: Products,
+        activations: Activations,
+    ):
         from halfbyte.runtime.model import load
 
-        self.c, self.products = c, products
-        self.records, self.slots, self.caches = c.b.finish()
-        write_program(c.b, path, self.records, self.slots, self.caches, max(map(len, c.ids)))
+        self.c, self.products, self.activations = c, products, activations
+        self.route = Route(c.b, only)
+        self.records, self.slots = self.route.records, self.route.slots
+        write_program(c.b, path, self.records, self.slots, self.route.caches, max(map(len, c.ids)))
         self.model = load(path, c.backend, c.threads, kv="f32", policy="f32")
         self.kv = self.model.new_kv()
         self.kv.reserve(max(map(len, c.ids)))
@@ -136,32 +199,48 @@ class _Walk:
         hessians: bool,
         drift: bool,
         sample: int,
-        only: Container[str] | None,
+        stored: Callable[[Matrix], np.ndarray | None] | None,
         embedding: Callable[[Matrix, np.ndarray], np.ndarray],
+        visits: Visits,
         progress: Progress | None,
     ) -> None:
-        stages = find_stages(self.records, self.slots)
-        states: list[dict[int, np.ndarray]] = [{}, {}] if drift else [{}]  # [seen by later layers, float]
+        stages = self.route.stages
+        states = range(1 + drift)  # what later layers see, and what they see in the float model
+        live: set[int] = set()  # base slots whose values are kept
         seen: dict[int, np.ndarray | None] = {}
         outputs: list[dict[int, Any]] = [{}, {}]  # record -> what computes it, for both states
         at = 0
-        done, total = 0, len(stages) * self.c.tokens
-        for stage in stages:
+        steps = self.route.efforts(self.c.tokens, hessians, drift)
+        total = sum(steps) + sum(map(visits, self.route.visited()))
+        done = 0
+
+        def report(name: str, effort: int) -> None:
+            nonlocal done
+            done += effort
+            if progress:
+                progress(name, done, total)
+
+        for stage, step in zip(stages, steps):
             collect = None
             x_slot = self._input(stage.first)
-            names = [self._matrix(i).name for i in range(stage.first, stage.last)]
-            if x_slot is not None and (only is None or any(name in only for name in names)):
+            visited = [
+                i
+                for i in range(stage.first, stage.last)
+                if self.route.visits.get(int(self.records[i]["w"][0])) == i
+            ]
+            if visited:
+                assert x_slot is not None
                 width = int(self.slots[x_slot]["width"])
                 collect = Collector(self.products, width, self.c.tokens, hessians, sample)
                 if drift:
-                    for i in range(stage.first, stage.last):
-                        collect.follow(i, self._matrix(i), self.c.weights)
+                    for i in visited:
+                        collect.follow(i, self.route.matrix(i), self.c.weights)
             self._check_cut(at, stage.first)
             for span in self.spans:
                 inputs: list[np.ndarray] = []
                 residuals: list[dict[int, np.ndarray]] = []
-                for state, output in zip(states, outputs):
-                    self._stretch(state, output, span, at, stage)
+                for state in states:
+                    self._stretch(state, live, outputs[state], span, at, stage)
                     if collect is not None:
                         assert x_slot is not None
                         inputs.append(self._view(x_slot, span).copy())
@@ -170,25 +249,33 @@ class _Walk:
                     collect.add(inputs[0])
                     if drift:
                         collect.add_drift(inputs[0], inputs[1], residuals[0], residuals[1])
-                done += span.stop - span.start
-                if progress:
-                    progress(self._label(stage), done, total)
-            for state in states:
-                for base in set(state) - set(stage.live):
-                    del state[base]
+                report(self._label(stage), step * (span.stop - span.start) // self.c.tokens)
+            for base in live - set(stage.live):
+                for state in states:
+                    self.activations.drop((state, base))
+            live = set(stage.live)
             outputs = [{}, {}]
             statistics = None if collect is None else collect.finish()
             for i in range(stage.first, stage.last):
-                t, w = self._matrix(i), int(self.records[i]["w"][0])
+                t, w = self.route.matrix(i), int(self.records[i]["w"][0])
                 if x_slot is None:
-                    for output, table in zip(outputs, (embedding, self.c.embedding)):
+                    for output, table in zip(outputs[: len(states)], (embedding, self.c.embedding)):
                         output[i] = table(t, np.concatenate(self.c.ids))
                     continue
                 if w not in seen:
                     seen[w] = None
-                    if collect is not None and (only is None or t.name in only):
-                        assert statistics is not None
-                        seen[w] = visit(t, replace(statistics, drift=collect.drifts.pop(i, None)))
+                    if i in visited:
+                        assert statistics is not None and collect is not None
+                        given = replace(
+                            statistics, drift=collect.drifts.pop(i, None), shared=i != visited[-1]
+                        )
+                        if not given.shared:
+                            statistics = None  # the visitor may use up the Hessian
+                        seen[w] = visit(t, given)
+                        del given
+                        report(t.name, visits(t))
+                    elif stored is not None and stage is not stages[-1]:
+                        seen[w] = stored(t)
                 if stage is stages[-1]:
                     continue
                 outputs[0][i] = self.c.weights.rows(t) if seen[w] is None else seen[w]
@@ -202,7 +289,8 @@ class _Walk:
 
     def _stretch(
         self,
-        state: dict[int, np.ndarray],
+        state: int,
+        live: set[int],
         output: dict[int, Any],
         span: slice,
         at: int,
@@ -217,8 +305,8 @@ class _Walk:
         step = Step(zeros, np.arange(rows, dtype=np.int32), zeros, none, [self.kv])
         backend = self.model.backend
         backend.begin(step)
-        for base, values in state.items():
-            backend.arena.view(base, rows)[:] = values[span]
+        for base in sorted(live):
+            self.activations.load((state, base), span, backend.arena.view(base, rows))
         for i, with_ in output.items():
             y = self._view(int(self.records[i]["out"][0]), span)
             if int(self.records[i]["code"]) == EMBED:
@@ -232,9 +320,7 @@ class _Walk:
         if at < stage.first:
             backend.run_range(step, at, stage.first)
         for base in stage.live:
-            width = int(self.slots[base]["width"])
-            store = state.setdefault(base, np.empty((self.c.tokens, width), np.float32))
-            store[span] = backend.arena.view(base, rows)
+            self.activations.store((state, base), span, backend.arena.view(base, rows))
 
     def _view(self, slot: int, span: slice) -> np.ndarray:
         return self.model.backend.arena.view(slot, span.stop - span.start)
@@ -268,13 +354,8 @@ class _Walk:
         """The input slot of a LINEAR, None for an EMBED."""
         return int(self.records[i]["in"][0]) if int(self.records[i]["code"]) == LINEAR else None
 
-    def _matrix(self, i: int) -> Matrix:
-        t = self.c.b.tensors[int(self.records[i]["w"][0])]
-        assert isinstance(t, Matrix)
-        return t
-
     def _label(self, stage: Stage) -> str:
-        return self._matrix(stage.first).name
+        return self.route.matrix(stage.first).name
 
     def _used_later(self, w: int, i: int) -> bool:
         later = self.records[i + 1 :]

@@ -7,11 +7,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfbyte.converter.assemble import Planes, Write, assemble_float
+from halfbyte.converter.assemble import Planes, Sink, assemble_float
 from halfbyte.converter.blas import Products, spans
 from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.calibration.cuts import EMBED
@@ -20,6 +20,9 @@ from halfbyte.converter.quantizers import _planes, gptq
 from halfbyte.converter.weights import Weights
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import UsageError
+
+if TYPE_CHECKING:
+    from halfbyte.converter.calibrate import Calibration
 
 # A model of up to this many weights also writes calibration text itself: a float file of 200 MB and some seconds.
 OWN_TEXT_WEIGHTS = 50_000_000
@@ -55,6 +58,7 @@ class Plan:
             for t in b.tensors
         )
         self.smooth = smooth
+        self.memory: int | None = None  # bytes of activations to hold; None for what `Calibration` does
         calibrates = method in CALIBRATED or smooth or calibrate is not None
         if not tokenizer and calibrates:
             raise UsageError(
@@ -113,23 +117,24 @@ class Plan:
         """Fold into the program what the method folds before anything is rounded: smoothing, AWQ's scales."""
         if not self.smooth and self.method != "awq":
             return
-        from halfbyte.converter.calibrate import Calibration
         from halfbyte.converter.fold import Fold
         from halfbyte.converter.quantizers import awq, smoothquant
 
-        text = self.sequences(folder)
+        self.sequences(folder)
         fold = Fold(self.b)
         self.weights = Weights(self.b)
         if self.smooth:
-            smoothquant.apply(fold, Calibration(self.b, self.weights, text), progress=progress)
+            smoothquant.apply(fold, self._calibration(folder), progress=progress)
         if self.method == "awq":
             counts = Counter(t.storage.encoding for t in self._rounded())
-            awq.apply(
-                fold,
-                Calibration(self.b, self.weights, text),
-                _coder(counts.most_common(1)[0][0]),
-                progress,
-            )
+            coder = _coder(counts.most_common(1)[0][0])
+            awq.apply(fold, self._calibration(folder), coder, progress)
+
+    def _calibration(self, folder: Path) -> Calibration:
+        from halfbyte.converter.calibrate import ACTIVATIONS, Calibration
+
+        memory = ACTIVATIONS if self.memory is None else self.memory
+        return Calibration(self.b, self.weights, self.sequences(folder), folder=folder, memory=memory)
 
     def _rounded(self) -> list[Matrix]:
         """The matrices that get new codes."""
@@ -141,51 +146,52 @@ class Plan:
 
     def quantizer(
         self, folder: str | os.PathLike[str], progress: Progress | None
-    ) -> Callable[[Write], set[int]] | None:
+    ) -> Callable[[Sink], set[int]] | None:
         """What quantises matrices by this plan, None for plain rounding to nearest."""
         if self.method == "rtn" and self.calibrate is None:
             return None
         if self.method != "gptq":
-            return lambda write: self._one_by_one(write, Path(folder), progress)
+            return lambda sink: self._one_by_one(sink, Path(folder), progress)
 
-        def run(write: Write) -> set[int]:
+        def run(sink: Sink) -> set[int]:
             from halfbyte.converter import sequential
 
-            return sequential.quantize(
-                self.b, self.weights, self.sequences(Path(folder)), write, progress=progress
-            )
+            c = self._calibration(Path(folder))
+            return sequential.quantize(c, sink, progress=progress)
 
         return run
 
-    def _one_by_one(self, write: Write, folder: Path, progress: Progress | None) -> set[int]:
+    def _one_by_one(self, sink: Sink, folder: Path, progress: Progress | None) -> set[int]:
         """Every matrix by itself on the statistics of its inputs: weighted rounding, AWQ's clipping, learned rounding.
 
         Learned rounding shows its result to the later layers.
         """
-        from halfbyte.converter.calibrate import Calibration
-
         index = {t.name: i for i, t in enumerate(self.b.tensors)}
-        rounded = {t.name for t in self._rounded()}
+        rounded = {t.name for t in self._rounded() if index[t.name] not in sink.whole}
         records, _, _ = self.b.finish()
         looked_up = {int(r["w"][0]) for r in records if int(r["code"]) == EMBED}
+        learned = self.method == "autoround"
         done: set[int] = set()
+
+        def stored(t: Matrix) -> np.ndarray | None:
+            return sink.stored(index[t.name]) if learned and index[t.name] in sink.whole else None
 
         def visit(t: Matrix, s: Statistics) -> np.ndarray | None:
             if t.name not in rounded:
                 return None
-            i, learned = index[t.name], self.method == "autoround"
+            i = index[t.name]
             done.add(i)
             out = []
             for block in spans(t.shape[0], max(ROWS, BLOCK_WEIGHTS // t.shape[1] // ROWS * ROWS)):
                 w = self.weights.rows(t, block.start, block.stop)
                 planes = self._planes(w, t.storage.encoding, s, i in looked_up)
-                write(i, block.start, planes)
+                sink(i, block.start, planes)
                 if learned:
                     out.append(_planes.decode(planes, t.storage.encoding))
             return np.concatenate(out) if learned else None
 
-        calibration = Calibration(self.b, self.weights, self.sequences(folder))
-        calibration.run(visit, hessians=self.method != "rtn", only=rounded, progress=progress)
+        calibration = self._calibration(folder)
+        calibration.run(visit, hessians=self.method != "rtn", only=rounded, stored=stored, progress=progress)
         return done
 
     def _planes(self, w: np.ndarray, encoding: str, s: Statistics, table: bool) -> Planes:

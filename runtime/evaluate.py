@@ -39,8 +39,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every token after the first of each window is predicted from the window's earlier ones.
 
-    Returns tokens, nll_per_token (nats), ppl and, with `against`, kld_mean, kld_p99, kld_max (nats,
-    KL(against || model) per token) and top1_agreement. Raises UsageError for text that is too short, a
+    Returns what `measure` does, less the divergence of every token. Raises UsageError for text that is too short, a
     window longer than a context, or models with different tokenizers.
     """
     for m in (model, against):
@@ -56,38 +55,64 @@ def evaluate(
         or windows(against, text[:4096], ctx) != windows(model, text[:4096], ctx)
     ):
         raise UsageError("the two files use different tokenizers, so their logits cannot be compared")
-    total, nll, kld, same = sum(len(p) - 1 for p in parts), 0.0, [], 0
+    found = measure(model, parts, against=against, progress=progress)
+    found.pop("kld", None)
+    return found
+
+
+def measure(
+    model: Model,
+    parts: Sequence[Sequence[int]],
+    *,
+    against: Model | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The predictions of every token after the first of each sequence.
+
+    Returns tokens, nll_per_token (nats), ppl and, with `against`, its against_nll_per_token and against_ppl,
+    kld (float64[tokens], KL(against || model) in nats), its kld_mean, kld_p99 and kld_max, and top1_agreement.
+    Memory is some rows of logits, and 8 bytes a token.
+    """
+    total, nll, same = sum(len(p) - 1 for p in parts), [0.0, 0.0], 0
+    kld = np.empty(total if against is not None else 0)
     done = 0
     for part in parts:
         streams = [_logits(m, part) for m in (model, against) if m is not None]
         for targets, *rows in zip(_chunks(part[1:]), *streams):
-            ours = log_softmax(rows[0])
-            nll -= float(ours[np.arange(len(targets)), targets].sum())
+            logs = [log_softmax(r) for r in rows]
+            for i, log in enumerate(logs):
+                nll[i] -= float(log[np.arange(len(targets)), targets].sum())
             if against is not None:
-                theirs = log_softmax(rows[1])
-                kld.append((np.exp(theirs) * (theirs - ours)).sum(axis=1))
+                ours, theirs = logs
+                kld[done : done + len(targets)] = (np.exp(theirs) * (theirs - ours)).sum(axis=1)
                 same += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
             done += len(targets)
             if progress:
                 progress(done, total)
-    out: dict[str, Any] = {"tokens": total, "nll_per_token": nll / total, "ppl": float(np.exp(nll / total))}
+    out: dict[str, Any] = {
+        "tokens": total,
+        "nll_per_token": nll[0] / total,
+        "ppl": float(np.exp(nll[0] / total)),
+    }
     if against is not None:
-        all_kld = np.concatenate(kld)
         out |= {
-            "kld_mean": float(all_kld.mean()),
-            "kld_p99": float(np.quantile(all_kld, 0.99)),
-            "kld_max": float(all_kld.max()),
+            "against_nll_per_token": nll[1] / total,
+            "against_ppl": float(np.exp(nll[1] / total)),
+            "kld": kld,
+            "kld_mean": float(kld.mean()),
+            "kld_p99": float(np.quantile(kld, 0.99)),
+            "kld_max": float(kld.max()),
             "top1_agreement": same / total,
         }
     return out
 
 
-def _chunks(ids: list[int]) -> Iterator[np.ndarray]:
+def _chunks(ids: Sequence[int]) -> Iterator[np.ndarray]:
     for i in range(0, len(ids), ROWS):
         yield np.asarray(ids[i : i + ROWS])
 
 
-def _logits(model: Model, part: list[int], kv: str | None = None) -> Iterator[np.ndarray]:
+def _logits(model: Model, part: Sequence[int], kv: str | None = None) -> Iterator[np.ndarray]:
     session = model.session(kv)
     for chunk in _chunks(part[:-1]):
         yield session.feed_all(chunk.tolist())

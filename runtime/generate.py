@@ -10,7 +10,7 @@ from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.model import Model
 from halfbyte.runtime.sampler import Sampler, Sampling
 from halfbyte.runtime.session import Session
-from halfbyte.runtime.speculate import Lookup, accept
+from halfbyte.runtime.speculate import accept, check_draft, guesser
 from halfbyte.runtime.stopping import StopStrings
 
 
@@ -22,7 +22,8 @@ class Generation(Iterator[str]):
     """
 
     def __init__(self, model: Model, prompt_ids: list[int], max_tokens: int, sampling: Sampling,
-                 stop: tuple[str, ...], session: Session | None, lookup: int = 0):  # fmt: skip
+                 stop: tuple[str, ...], session: Session | None, lookup: int = 0,
+                 shown: frozenset[int] = frozenset(), draft: Model | None = None):  # fmt: skip
         if max_tokens < 0:
             raise UsageError(f"max_tokens must not be negative, not {max_tokens}")
         self.session = session or model.session()
@@ -30,7 +31,10 @@ class Generation(Iterator[str]):
             raise UsageError("the prompt is empty and the model has no start token: give some text")
         self.model, self.prompt_ids, self.max_tokens, self.stop = model, prompt_ids, max_tokens, stop
         self.sampler = Sampler(sampling)
-        self.guesses = Lookup((), lookup)
+        if draft is not None:
+            check_draft(model, draft)
+        self.guesses = guesser((), lookup, model, draft)
+        self.shown = shown
         self.ids: list[int] = []
         self.finish_reason: str | None = None
         self.prefill_seconds = self.decode_seconds = 0.0
@@ -49,7 +53,7 @@ class Generation(Iterator[str]):
             for token in tokens:
                 yield f"{token} "
             return
-        stream, text = self.model.tokenizer.stream(), StopStrings(self.stop)
+        stream, text = self.model.tokenizer.stream(True, self.shown), StopStrings(self.stop)
         try:
             for token in tokens:
                 shown = text.push(stream.push(token))
@@ -129,6 +133,8 @@ def generate(
     session: Session | None = None,
     special: bool = True,
     lookup: int = 0,
+    shown: frozenset[int] = frozenset(),
+    draft: Model | None = None,
     **sampling: Any,
 ) -> Generation:
     """Continue a prompt (text or token ids), yielding pieces of text that never split a character.
@@ -136,8 +142,10 @@ def generate(
     sampling: the fields of `runtime.sampler.Sampling` (temperature, top_k, top_p, min_p, penalties,
     seed). stop: strings that end the answer and are not part of it. session: continue this one.
     special: whether special tokens written out in the prompt are recognised. lookup: how many tokens a step
-    may guess from the text so far (`runtime.speculate`), which makes copying faster and changes no answer. A
-    model without a tokenizer takes ids and yields ids as text.
+    may guess from the text so far (`runtime.speculate`), which makes copying faster and changes no answer.
+    draft: a smaller model of the same tokenizer, which guesses up to lookup tokens (8 where lookup is 0) where the
+    text does not; that changes no answer either. shown: special tokens that the text shows nevertheless. A model
+    without a tokenizer takes ids and yields ids as text.
     """
     unknown = set(sampling) - set(Sampling.__dataclass_fields__)
     if unknown:
@@ -148,4 +156,4 @@ def generate(
     else:
         ids = [int(i) for i in prompt]
     stops = tuple(s for s in stop if s)
-    return Generation(model, ids, max_tokens, Sampling(**sampling), stops, session, lookup)
+    return Generation(model, ids, max_tokens, Sampling(**sampling), stops, session, lookup, shown, draft)

@@ -19,6 +19,7 @@ from halfbyte.formats.tiles import P16
 from halfbyte.runtime.backends import backend_class
 from halfbyte.runtime.backends.backend import POLICIES, Step
 from halfbyte.runtime.kv import KV
+from halfbyte.runtime.library import find
 
 if TYPE_CHECKING:
     from halfbyte.runtime.session import Session
@@ -35,7 +36,7 @@ def load(
     policy: str | None = None,
     verify: bool = False,
 ) -> Model:
-    """Open a `.hb` file and bind it.
+    """Open a `.hb` file, or a pulled model by its name, and bind it.
 
     backend: 'native', 'jit' or 'reference' (default: the best available). threads: default all CPUs
     this process may use. kv: 'f32', 'f16' or 'auto' (f32 for models stored in f32 and under policy f32,
@@ -45,7 +46,7 @@ def load(
     """
     if threads is not None and not 1 <= threads <= 1024:
         raise UsageError(f"threads must be between 1 and 1024, not {threads}")
-    file = File(path)
+    file = File(find(path))
     if verify:
         file.verify()
     return Model(file, backend, threads, kv, policy)
@@ -78,10 +79,24 @@ class Model:
 
     def run(self, step: Step) -> np.ndarray:
         """Execute one step; float32[r, vocab]. Steps of concurrent sessions take turns."""
-        if not all(0 <= i < self.vocab_size for i in step.ids.tolist()):
-            raise UsageError(f"token ids must lie in 0..{self.vocab_size - 1}")
+        self._check(step)
         with self._lock:
             return self.backend.run(step)
+
+    def states(self, step: Step) -> np.ndarray:
+        """Like `run`, but float32[r, width]: the vectors that the logits are made from, and no logits."""
+        self._check(step)
+        with self._lock:
+            return self.backend.run_to_states(step)
+
+    @property
+    def width(self) -> int:
+        """Values of a vector of `states`."""
+        return int(self.file.slots[self.backend.states_slot]["width"])
+
+    def _check(self, step: Step) -> None:
+        if not all(0 <= i < self.vocab_size for i in step.ids.tolist()):
+            raise UsageError(f"token ids must lie in 0..{self.vocab_size - 1}")
 
     def session(self, kv: str | None = None) -> Session:
         """A fresh, empty timeline, in another kv mode where one is named."""

@@ -1,4 +1,4 @@
-"""Speculation without a second model: drafts are looked up in the text so far, and verified in one step.
+"""Speculation: drafts are looked up in the text so far, or made by a smaller model, and verified in one step.
 
 Prompt lookup (Saxena 2023): when the last tokens occurred before, what followed them then is a good guess. All
 guesses go through the model in one step, and the sampler then draws position by position, going on while
@@ -9,15 +9,20 @@ in the same order, so the answer is the one that comes without drafts: under gre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.sampler import Sampler
 
+if TYPE_CHECKING:
+    from halfbyte.runtime.model import Model
+
 MAX_DRAFT = 64
 _LENGTHS = (4, 3, 2)  # of the n-grams looked up, longest first
 _FIRST_TRY = 4  # guesses at first; doubled while all are right, halved when less than half are
+_LEAST_AHEAD = 4  # guesses that a step must have room for before a smaller model is asked
 
 
 class Lookup:
@@ -71,6 +76,64 @@ class Lookup:
             self._try = min(2 * self._try, self.limit)
         elif 2 * right < guessed:
             self._try = max(self._try // 2, 1)
+
+
+class Ahead(Lookup):
+    """Guesses by n-grams, and where there is none by a smaller model of the same tokenizer, greedily.
+
+    draft  the smaller model; it has a session of its own, which follows the certain tokens
+    vocab  rows of the larger model's logits; padding of the smaller one's beyond is never guessed
+    """
+
+    def __init__(self, ids: Iterable[int], limit: int, draft: Model, vocab: int):
+        super().__init__((), limit)
+        self._session, self._vocab = draft.session(), vocab
+        self.extend(ids)
+
+    def draft(self, limit: int = MAX_DRAFT) -> list[int]:
+        """Guesses of the next tokens, at most `limit`."""
+        found = super().draft(limit)
+        if limit < _LEAST_AHEAD:  # a server shares few guesses among many answers: not worth a model's steps
+            self.release()
+            return found
+        limit = min(limit, self._try)
+        if found or limit <= 0 or not self._ids:
+            return found
+        session, known = self._session, self._ids
+        model = session.model
+        room = model.context_length - len(known)
+        held = min(_common(session.ids, known), len(known) - 1)
+        if room <= 0 or max(known[held:]) >= model.vocab_size:
+            return []
+        session.rewind(session.position - held)
+        logits = session.feed(known[held:])
+        for i in range(min(limit, room)):
+            found.append(int(logits[: self._vocab].argmax()))
+            if i + 1 < min(limit, room):
+                logits = session.feed(found[-1:])
+        return found
+
+    def release(self) -> None:
+        """Let go of the session's memory; the next draft feeds the tokens again."""
+        if self._session.position:
+            self._session = self._session.model.session()
+
+
+def guesser(ids: Iterable[int], limit: int, model: Model, draft: Model | None) -> Lookup:
+    """What guesses the tokens of `model`: with a draft model, which passes `check_draft`, up to 8 by default."""
+    return Lookup(ids, limit) if draft is None else Ahead(ids, limit or 8, draft, model.vocab_size)
+
+
+def check_draft(model: Model, draft: Model) -> None:
+    """Raises UsageError unless both models have the same tokens."""
+    mine, other = (m.tokenizer if m.has_tokenizer else None for m in (model, draft))
+    if mine is None or other is None or not mine.same_tokens(other):
+        raise UsageError("the draft model has another tokenizer: its guesses would mean something else")
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def accept(

@@ -51,6 +51,11 @@ class Tokenizer:
     def _added(self) -> dict[int, Any]:
         return self._library.get_added_tokens_decoder()
 
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether both know the same tokens by the same ids, and end answers alike."""
+        mine, theirs = (t._library.get_vocab(with_added_tokens=True) for t in (self, other))
+        return self is other or (mine == theirs and set(self.eos_ids) == set(other.eos_ids))
+
     def id_of(self, piece: str) -> int | None:
         """The id of a token by its exact spelling in the vocabulary, or None."""
         return self._library.token_to_id(piece)

@@ -7,11 +7,11 @@ with * ? [] are allowed: a full name beats any pattern, and of patterns that fit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.recipe import RECIPES, Storage, check_method, head
@@ -24,8 +24,7 @@ ENCODINGS = tuple(n for n in RECIPES if not n.endswith("+"))
 KEEP = "keep"  # codes that arrived quantised stay as they are
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """What one encoding does to one matrix: KL of the model with only it quantised (nats a token), and its error.
 
     error: |w - w_hat|^2 / |w|^2, so that kld / error is the sensitivity of arXiv 2411.17525.
@@ -83,6 +82,20 @@ class Table:
             if t.storage.encoding in measured.get(t.name, ())
         }
         return cls(tuple(matrices(b)), method, found)
+
+    def facts(self) -> dict[str, tuple[str, Measured | None]]:
+        """Encoding and measurement of every matrix by name, as JSON holds them; see `remembered`."""
+        return {t.name: (_name(t), self.measured.get(t.name)) for t in self.matrices}
+
+    @classmethod
+    def remembered(
+        cls, b: Builder, method: str, facts: Mapping[str, tuple[str, Sequence[float] | None]]
+    ) -> Table:
+        """The table of which `facts` are; the builder's matrices get its storages."""
+        store(b, {name: Storage(encoding) for name, (encoding, _) in facts.items() if encoding != KEEP})
+        return cls(
+            tuple(matrices(b)), method, {n: Measured(*m) for n, (_, m) in facts.items() if m is not None}
+        )
 
     @property
     def bits(self) -> float:

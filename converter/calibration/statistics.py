@@ -24,6 +24,7 @@ class Statistics:
               error already in the residual that the output is added to. With drift=True a matrix of more rows
               than columns has cross and any other has drift; see `missing`
     sample    float32[<= n, cols]  evenly spaced rows of x; empty when not asked for
+    shared    whether other matrices get the same arrays after this one
     """
 
     cols: int
@@ -35,6 +36,13 @@ class Statistics:
     cross: np.ndarray | None = None
     drift: np.ndarray | None = None
     sample: np.ndarray = field(default_factory=lambda: np.empty(0))
+    shared: bool = False
+
+    def take_hessian(self) -> np.ndarray:
+        """The Hessian, which is the caller's to write over; it is gone from here."""
+        assert self.hessian is not None
+        hessian, self.hessian = self.hessian, None
+        return hessian.copy() if self.shared else hessian
 
     def missing(self, w: np.ndarray, start: int = 0) -> np.ndarray | None:
         """Rows start.. of mean(y x^T) for the matrix's float weights w[n, cols]: what its output misses."""
@@ -99,5 +107,7 @@ class Collector:
             s.cross = self.cross
         for drift in self.drifts.values():
             drift /= self.count
+        self.hessian = self.cross = None
+        self.weights.clear()
         s.sample = np.concatenate(self.sample)
         return s

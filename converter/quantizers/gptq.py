@@ -72,10 +72,12 @@ def curvature(
     group: int = 32,
     damping: float = DAMPING,
     act_order: bool = True,
+    overwrite: bool = False,
 ) -> Curvature:
     """Prepare mean(x x^T) float64[cols, cols] for `quantize`. group: columns that share a scale, 0 for the row.
 
-    Damping is added to the diagonal and grows tenfold until the factorisation succeeds.
+    Damping is added to the diagonal and grows tenfold until the factorisation succeeds. overwrite: work in the memory
+    of `hessian`, which is spoilt then (of 8192 columns it has half a gigabyte).
     """
     cols = len(hessian)
     width = group or cols
@@ -95,19 +97,29 @@ def curvature(
         number, order = np.arange(len(starts)), np.arange(cols)
     sizes = [min(starts[n] + width, cols) - starts[n] for n in number]
     damp = damping * mean
-    while True:
-        work = hessian[np.ix_(order[::-1], order[::-1])]  # reversed: its lower factor is our upper one
-        work[np.diag_indices(cols)] += damp
-        h = np.ascontiguousarray(work[::-1, ::-1], np.float32)
-        if products.cholesky(work):
-            break
+    work = hessian if overwrite else hessian.copy()
+    _permute(work, order[::-1])  # reversed: its lower factor is our upper one
+    work[np.diag_indices(cols)] += damp
+    h = np.ascontiguousarray(work[::-1, ::-1], np.float32)
+    while not products.cholesky(work):
         damp = max(damp, 1e-8 * mean) * 10
+        work[:] = h[::-1, ::-1]  # a failed attempt leaves nothing of it
+        work[np.diag_indices(cols)] = diagonal[order[::-1]] + damp
+        np.fill_diagonal(h, np.diagonal(work)[::-1])
     root = np.diagonal(work)[::-1].copy()
     u = np.zeros((cols, cols), np.float32)
     for s in spans(cols):  # column j of u is row cols-1-j of the factor, over its diagonal
         u[:, s] = np.triu(work[::-1, ::-1][:, s], -s.start) / root[s]
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     return Curvature(order, bounds, number, h, u, (root**2).astype(np.float32))
+
+
+def _permute(a: np.ndarray, order: np.ndarray) -> None:
+    """a[n, n] -> a[order][:, order], in place."""
+    for s in spans(len(a)):
+        a[:, s] = a[order, s]
+    for s in spans(len(a)):
+        a[s] = a[s][:, order]
 
 
 @lru_cache
@@ -210,7 +222,7 @@ class _Rows:
         y /= c.d[:, None]
         for s in blocks:
             if s.start:
-                y[s] -= np.ascontiguousarray(c.u[: s.start, s].T) @ y[: s.start]
+                y[s] -= c.u[: s.start, s].T @ y[: s.start]
             _feedback.solve_block(np.ascontiguousarray(c.u[s, s]), y[s], True)
         out = np.empty_like(y)
         out[c.order] = y
@@ -233,7 +245,7 @@ class _Rows:
             a, z = int(c.groups[first]), int(c.groups[last])
             target = self.w[a:z].copy()
             if a:
-                target += np.ascontiguousarray(c.u[:a, a:z].T) @ self.error[:a]
+                target += c.u[:a, a:z].T @ self.error[:a]
             for g in range(first, last):
                 p, r = int(c.groups[g]), int(c.groups[g + 1])
                 if p > a:
@@ -292,7 +304,7 @@ class _Rows:
                 if r < z:
                     local[r - a :] += np.ascontiguousarray(c.h[p:r, r:z].T) @ own
             if z < len(self.w):
-                gradient[z:] += np.ascontiguousarray(c.h[a:z, z:].T) @ change
+                gradient[z:] += c.h[z:, a:z] @ change
         return moved
 
     def store(self, out: dict[str, np.ndarray]) -> None:

@@ -11,11 +11,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from halfbyte.formats.container import File
 from halfbyte.formats.errors import UsageError
+from halfbyte.formats.ops import BY_CODE
 from halfbyte.formats.program import NONE, PICKS
 from halfbyte.runtime.arena import Arena
 from halfbyte.runtime.kv import KV
@@ -79,6 +81,22 @@ class Backend(ABC):
         self.begin(step)
         self.run_range(step, 0, len(self.file.program))
         return self.arena.view(self.result, len(step.picks)).copy()
+
+    @cached_property
+    def _head(self) -> int:
+        """The record that makes the logits: the last matrix of the program."""
+        return max(i for i, r in enumerate(self.file.program) if BY_CODE[int(r["code"])].name == "linear")
+
+    @property
+    def states_slot(self) -> int:
+        """The slot that the logits are made from."""
+        return int(self.file.program[self._head]["in"][0])
+
+    def run_to_states(self, step: Step) -> np.ndarray:
+        """Execute the step but for its logits; float32[r, width] of the picked rows (a copy)."""
+        self.begin(step)
+        self.run_range(step, 0, self._head)
+        return self.slot(self.states_slot, step).copy()
 
     def slot(self, i: int, step: Step) -> np.ndarray:
         """float32[T or r, width] view of slot i for this step."""

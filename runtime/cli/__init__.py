@@ -21,20 +21,12 @@ import halfbyte
 from halfbyte.formats.errors import HalfbyteError, KvWarning
 from halfbyte.runtime.cli.arguments import Parser
 from halfbyte.runtime.cli.terminal import one_line
+from halfbyte.runtime.library import find
 
 COMMANDS = (
-    "convert",
-    "run",
-    "serve",
-    "info",
-    "explain",
-    "check",
-    "eval",
-    "kv",
-    "bench",
-    "fit",
-    "demo",
-    "doctor",
+    *("pull", "list", "rm", "convert", "report"),
+    *("run", "chat", "serve"),
+    *("info", "explain", "check", "eval", "kv", "bench", "fit", "demo", "doctor"),
 )
 ERROR, BUG = 2, 70
 
@@ -103,6 +95,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if args.command is None:
         top.print_help(sys.stderr)
         return ERROR
+    for name in ("file", "draft"):  # of a model: a path, or the name of one that was pulled
+        if getattr(args, name, None) is not None:
+            setattr(args, name, find(getattr(args, name)))
     return args.run(args)
 
 

@@ -45,6 +45,20 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
+def add_file(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """The model: `file`, which `main` makes a path."""
+    parser.add_argument("file", help="a .hb file, or the name of a pulled model", **options)
+
+
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    """--draft"""
+    parser.add_argument(
+        "--draft",
+        metavar="FILE",
+        help="a smaller model of the same tokenizer, which guesses: the same answer, sooner where it guesses well",
+    )
+
+
 def add_backend(parser: argparse.ArgumentParser, *threads: str) -> None:
     """--backend and --threads (with further spellings of it)."""
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from halfbyte.runtime.cli.arguments import add_backend, add_json, add_kv, whole
+from halfbyte.runtime.cli.arguments import add_backend, add_file, add_json, add_kv, whole
 from halfbyte.runtime.cli.terminal import print_json, printable, size
 
 HELP = "measure speed on this machine"
@@ -12,7 +12,7 @@ HELP = "measure speed on this machine"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     parser.add_argument(
         "-p", "--prompt", type=whole(0), default=512, metavar="N", help="tokens of prefill (default: 512)"
     )

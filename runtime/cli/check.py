@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from halfbyte.runtime.cli.arguments import add_backend, add_json, add_policy
+from halfbyte.runtime.cli.arguments import add_backend, add_file, add_json, add_policy
 from halfbyte.runtime.cli.terminal import Progress, print_json, print_table, printable, size
 
 HELP = "verify a .hb file and compare a backend with the reference"
@@ -16,7 +16,7 @@ HELP = "verify a .hb file and compare a backend with the reference"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `check`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     add_backend(parser)
     add_policy(parser, "both")
     parser.add_argument(

@@ -10,6 +10,7 @@ from typing import Any
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.cli.arguments import add_json, number, whole
+from halfbyte.runtime.cli.report import of_file
 from halfbyte.runtime.cli.terminal import Progress, print_json, print_table, printable, size
 
 HELP = "convert a checkpoint to a .hb file"
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rotate", action="store_true", help="spread large activations by Hadamard rotations first"
     )
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory to stay below: 800M, 1.5G; the result is the same (with rtn and gptq)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no remarks")
     goal = parser.add_argument_group("which encoding each matrix gets, instead of a recipe")
     goal.add_argument(
         "--plan", metavar="FILE", help="as this file says: a plan that was saved, and perhaps edited"
@@ -67,8 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument(
         "--heldout",
         metavar="FILE",
-        help="text that --max-kld measures on (default: part of the calibration text)",
+        help="text that --max-kld measures on (default: part of the calibration text), and the proof",
     )
+    proof = parser.add_argument_group("the proof in the file, see `halfbyte report`")
+    proof.add_argument(
+        "--proof",
+        action=argparse.BooleanOptionalAction,
+        help="measure how close the file is to the float model, for which that is written aside (default: for models of"
+        " up to 50M weights, or with --heldout; of larger ones only the errors of matrices); --no-proof: write none",
+    )
+    proof.add_argument("--save-heldout", metavar="FILE", help="write the text that was measured on")
     parser.add_argument(
         "--save-plan", metavar="FILE", help="write the plan that was used, to edit and give back"
     )
@@ -84,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     out = Path(args.out) if args.out is not None else default_out(args.source)
     plans: list[Any] = []
-    with Progress("converting") as progress:
+    with Progress("converting", quiet=args.quiet, lines=True) as progress:
         halfbyte.convert(
             args.source,
             out,
@@ -101,8 +116,12 @@ def run(args: argparse.Namespace) -> int:
             max_bytes=args.max_bytes,
             max_kld=args.max_kld,
             heldout=args.heldout,
+            proof=args.proof,
+            save_heldout=args.save_heldout,
+            max_memory=args.max_memory,
             on_plan=plans.append,
             progress=progress,
+            note=progress.note,
         )
     seconds = time.perf_counter() - start
     file = File(out)
@@ -128,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
             f"{printable(out)}: {size(facts['file_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight,"
             f" {seconds:.1f} s"
         )
+        if (proof := of_file(file)) is not None:
+            print(f"{proof} (see halfbyte report)")
     if "TOKN" not in file.sections:
         print("no tokenizer was found: the model takes token ids only (see --tokenizer)", file=sys.stderr)
     return 0

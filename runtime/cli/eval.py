@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.formats.errors import HalfbyteError, UsageError
-from halfbyte.runtime.cli.arguments import add_backend, add_json, add_kv, whole
+from halfbyte.runtime.cli.arguments import add_backend, add_file, add_json, add_kv, whole
 from halfbyte.runtime.cli.terminal import Progress, print_json, size
 
 HELP = "measure quality on a text"
@@ -16,7 +16,7 @@ DEFAULT_CTX = 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `eval`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     parser.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file")
     parser.add_argument(
         "--ctx",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from halfbyte.runtime.cli.arguments import add_json
+from halfbyte.runtime.cli.arguments import add_file, add_json
 from halfbyte.runtime.cli.terminal import print_json, print_table
 
 HELP = "list the program of a .hb file"
@@ -13,7 +13,7 @@ HELP = "list the program of a .hb file"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `explain`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     add_json(parser)
 
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.cli.arguments import add_json, add_kv, number, whole
+from halfbyte.runtime.cli.arguments import add_file, add_json, add_kv, number, whole
 from halfbyte.runtime.cli.terminal import print_json, print_table, printable, size
 
 HELP = "say what a machine will do with a .hb file"
@@ -19,7 +19,7 @@ HELP = "say what a machine will do with a .hb file"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fit`."""
-    parser.add_argument("file", nargs="?", help="a .hb file")
+    add_file(parser, nargs="?")
     parser.add_argument(
         "--parameters", type=number, metavar="N", help="instead of a file: weights, such as 8e9"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.runtime.cli.arguments import add_json
+from halfbyte.runtime.cli.arguments import add_file, add_json
 from halfbyte.runtime.cli.terminal import print_json, print_table, printable, size
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ HELP = "show what a .hb file holds"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `info`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     add_json(parser)
 
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 def facts(file: File) -> dict[str, Any]:
     """Everything `info --json` prints; sizes in bytes."""
+    from halfbyte.runtime.cli.report import of_file
     from halfbyte.runtime.model import weight_facts
 
     values = sum(int(c["kv_heads"]) * (int(c["k_dim"]) + int(c["v_dim"])) for c in file.caches)
@@ -49,6 +50,7 @@ def facts(file: File) -> dict[str, Any]:
         "kv_modes": kv_facts(file),
         "tokenizer": "TOKN" in file.sections,
         "chat_template": "TMPL" in file.sections,
+        "proof": of_file(file),
     }
 
 
@@ -88,6 +90,7 @@ def _print(found: dict[str, Any]) -> None:
         ("program", f"{found['program_records']} records, {found['tensors']} tensors"),
         ("tokenizer", yes[found["tokenizer"]]),
         ("chat template", yes[found["chat_template"]]),
+        ("proof", found["proof"] or "none"),
         *((key, _short(value)) for key, value in found["metadata"].items()),
     ]
     width = max(len(printable(key)) for key, _ in rows)

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.cli.arguments import add_backend, add_kv, add_policy, number, whole
+from halfbyte.runtime.cli.arguments import add_backend, add_draft, add_file, add_kv, add_policy, number, whole
 
 if TYPE_CHECKING:
     from halfbyte.runtime.generate import Generation
@@ -20,7 +20,7 @@ MAX_LOOKUP = 64  # speculate.MAX_DRAFT, without importing NumPy for --help
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; '-' or none: read it from stdin")
     parser.add_argument("--ids", metavar='"1,2,3"', help="token ids as the prompt, instead of text")
     parser.add_argument(
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="guess up to N tokens (10) a step from the text so far: the same answer, faster where it copies",
     )
+    add_draft(parser)
     parser.add_argument(
         "--raw",
         action="store_true",
@@ -75,11 +76,12 @@ def run(args: argparse.Namespace) -> int:
         _ = model.tokenizer  # a model without one is told before anything is read
         prompt = read_prompt() if args.prompt in (None, "-") else args.prompt
         ids = prompt_ids(model, prompt, args.raw)
-    stream(start(model, ids, args))
+    draft = None if args.draft is None else load(args.draft, args.backend, args.threads, args.kv, args.policy)
+    stream(start(model, ids, args, draft))
     return 0
 
 
-def start(model: Model, ids: list[int], args: argparse.Namespace) -> Generation:
+def start(model: Model, ids: list[int], args: argparse.Namespace, draft: Model | None = None) -> Generation:
     """The generation that the options ask for."""
     from halfbyte.runtime.generate import generate
 
@@ -89,6 +91,7 @@ def start(model: Model, ids: list[int], args: argparse.Namespace) -> Generation:
         max_tokens=args.max_tokens,
         stop=args.stop,
         lookup=args.lookup,
+        draft=draft,
         temperature=args.temp,
         top_k=args.top_k,
         top_p=args.top_p,

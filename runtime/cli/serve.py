@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.cli.arguments import add_backend, add_kv, add_policy, number, whole
+from halfbyte.runtime.cli.arguments import add_backend, add_draft, add_file, add_kv, add_policy, number, whole
 from halfbyte.runtime.cli.terminal import printable
 
 HELP = "serve a model over HTTP to any OpenAI client"
@@ -20,7 +20,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `serve`."""
-    parser.add_argument("file", help="a .hb file")
+    add_file(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
@@ -70,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         metavar="N",
         help="guess up to N tokens a step from the text so far; 0 is off (default: 8)",
+    )
+    add_draft(parser)
+    parser.add_argument(
+        "--pooling",
+        choices=("mean", "last"),
+        default="mean",
+        help="of embeddings, over positions (default: mean)",
     )
     parser.add_argument("--max-tokens", type=whole(1), metavar="N", help="tokens of an answer at most")
     parser.add_argument(
@@ -126,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = load(args.file, args.backend, args.threads, args.kv, args.policy, args.verify)
     _ = model.tokenizer  # a model without one cannot be spoken to
+    draft = None if args.draft is None else load(args.draft, args.backend, args.threads, args.kv, args.policy)
     listening = listen.bind(args.host, args.port)
     engine = Engine(
         model,
@@ -134,13 +142,20 @@ def run(args: argparse.Namespace) -> int:
         memory=args.kv_memory,
         prefix_share=args.prefix_share,
         timeout=args.timeout or None,
+        draft=draft,
     )
     try:
         name = args.name or Path(args.file).stem
         service = Service(model, name, args.max_tokens, args.lookup, min(16, args.slots))
         hosts = [*args.allow_host, args.host]
         application = app.create(
-            engine, service, key=key, max_body=args.max_body, hosts=hosts, origins=args.allow_origin
+            engine,
+            service,
+            key=key,
+            max_body=args.max_body,
+            hosts=hosts,
+            origins=args.allow_origin,
+            pooling=args.pooling,
         )
         if key is None and not listen.is_loopback(args.host):
             print("warning: others can reach this address and there is no --api-key", file=sys.stderr)

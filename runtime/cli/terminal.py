@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -63,35 +64,76 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
 
 
-class Progress:
-    """A bar on a terminal's stderr; silent in a pipe. Call it with (what is done now, done, total)."""
+def duration(seconds: float) -> str:
+    """About how long: '40 s', '12 min', '3 h 20 min'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
-    def __init__(self, title: str):
-        self.title = title
+
+class Progress:
+    """A bar with the time left on a terminal's stderr. Call it with (what is done now, done, total).
+
+    In a pipe it is silent, or with `lines` says a line every PAUSE seconds, none in the first. quiet: never a word.
+    """
+
+    PAUSE = 30.0
+
+    def __init__(self, title: str, *, quiet: bool = False, lines: bool = False):
+        self.title, self.quiet, self.lines = title, quiet, lines
         self._bar: Any = None
         self._task: Any = None
+        self._start = (0, 0.0, -1)  # done and time when a stretch of work began, and its total
+        self._said = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}", markup=False),
                 TextColumn("{task.fields[now]}", markup=False),
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(self.title, total=None, now="")
+            self._task = self._bar.add_task(self.title, total=None, now="", left="")
             self._bar.start()
         return self
 
     def __call__(self, now: str, done: int, total: int) -> None:
+        left = self._left(done, total)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, now=printable(now)[:40])
+            shown = printable(now)[:40]
+            self._bar.update(self._task, completed=done, total=total, now=shown, left=left)
+        elif self.lines and not self.quiet and time.monotonic() - self._said >= self.PAUSE:
+            self._said = time.monotonic()
+            share = f"{100 * done / total:.0f} %" if total else ""
+            print(", ".join(filter(None, (f"{printable(now)}: {share}", left))), file=sys.stderr, flush=True)
+
+    def _left(self, done: int, total: int) -> str:
+        """The time left at the pace since this stretch of work began."""
+        at, since, known = self._start
+        now = time.monotonic()
+        if total != known or done < at:
+            self._start = (done, now, total)
+            return ""
+        if done == at or now - since < 1:
+            return ""
+        return duration((total - done) * (now - since) / (done - at)) + " left"
+
+    def note(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(printable(line), markup=False, highlight=False)
+        else:
+            print(printable(line), file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

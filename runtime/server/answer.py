@@ -12,7 +12,7 @@ from halfbyte.runtime.constrain import Grammar
 from halfbyte.runtime.kv import KV
 from halfbyte.runtime.model import Model
 from halfbyte.runtime.sampler import Sampler, Sampling, logprobs
-from halfbyte.runtime.speculate import Lookup, accept
+from halfbyte.runtime.speculate import accept, guesser
 from halfbyte.runtime.stopping import StopStrings
 
 
@@ -105,7 +105,7 @@ class Answer:
     values were taken away is one that fills again, and goes on as if nothing had happened.
     """
 
-    def __init__(self, model: Model, ticket: Ticket, choice: int):
+    def __init__(self, model: Model, ticket: Ticket, choice: int, draft: Model | None = None):
         request = ticket.request
         self.model, self.ticket, self.request, self.choice = model, ticket, request, choice
         self.ids = list(request.prompt)
@@ -115,7 +115,7 @@ class Answer:
         if choice:
             how = Sampling(**{**how.__dict__, "seed": (how.seed + choice) % 2**64})
         self.sampler = Sampler(how)
-        self.guesses = Lookup(self.ids, request.lookup)
+        self.guesses = guesser(self.ids, request.lookup, model, draft)
         self.matcher = request.grammar.matcher() if request.grammar else None
         self.draft: list[int] = []
         self.finished = False

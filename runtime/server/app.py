@@ -19,6 +19,7 @@ from halfbyte.formats.errors import HalfbyteError
 from halfbyte.runtime.server.answer import Event, Ticket
 from halfbyte.runtime.server.chat_api import ChatReply
 from halfbyte.runtime.server.completions_api import CompletionReply
+from halfbyte.runtime.server.embeddings_api import Embeddings
 from halfbyte.runtime.server.engine import BusyError, ClosedError, Engine
 from halfbyte.runtime.server.fields import ApiError, Fields, dump, parse
 from halfbyte.runtime.server.guard import Guard
@@ -44,6 +45,7 @@ def create(
     max_body: int = MAX_BODY,
     hosts: Iterable[str] = (),
     origins: Iterable[str] = (),
+    pooling: str = "mean",
 ) -> Any:
     """The application of a server: `Guard` around the routes. Every file of the page is read now, so that no
     request ever names one on disk."""
@@ -52,7 +54,7 @@ def create(
         _route(engine, "/v1/chat/completions", _text_route(engine, service, ChatReply), "POST"),
         _route(engine, "/v1/completions", _text_route(engine, service, CompletionReply), "POST"),
         _route(engine, "/v1/responses", _text_route(engine, service, ResponseReply), "POST"),
-        _route(engine, "/v1/embeddings", _embeddings, "POST"),
+        _route(engine, "/v1/embeddings", _embeddings_route(engine, service, pooling), "POST"),
         _route(engine, "/v1/models", _constant(_models(service)), "GET"),
         _route(engine, "/v1/models/{name:path}", _model_route(service), "GET"),
         _route(engine, "/health", _health_route(engine), "GET"),
@@ -194,8 +196,18 @@ async def _disconnect(receive: Any) -> None:
         pass
 
 
-async def _embeddings(_: HttpRequest) -> Response:
-    raise ApiError("this model has no embeddings: its program ends in logits", "model")
+def _embeddings_route(engine: Engine, service: Service, pooling: str) -> Callable[[HttpRequest], Any]:
+    answer = Embeddings(engine, service, pooling)
+
+    async def act(http: HttpRequest) -> Response:
+        await http.body()  # what comes after it is that the client hung up
+        gone = asyncio.ensure_future(_disconnect(http.receive))
+        try:
+            return await answer(http, gone)
+        finally:
+            gone.cancel()
+
+    return act
 
 
 def _models(service: Service) -> dict[str, Any]:

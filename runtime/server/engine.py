@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.kv import KV, PAGE
@@ -22,6 +23,7 @@ from halfbyte.runtime.server.memory import Memory
 from halfbyte.runtime.server.metrics import Metrics
 from halfbyte.runtime.server.prefix import Prefixes, common
 from halfbyte.runtime.server.scheduler import build, plan
+from halfbyte.runtime.speculate import check_draft
 
 MAX_SLOTS = CHUNK // 2  # half of a step at least is for prompts
 log = logging.getLogger("halfbyte.server")
@@ -43,6 +45,7 @@ class Engine:
     memory        bytes of keys and values, or None for a quarter of what is free
     prefix_share  part of `memory` that remembered prompts may take, 0 .. 1
     timeout       seconds that a request may take from submission to its end, or None
+    draft         a smaller model of the same tokenizer that guesses while few answers run; UsageError for another's
     """
 
     def __init__(
@@ -54,12 +57,16 @@ class Engine:
         memory: int | None = None,
         prefix_share: float = 0.5,
         timeout: float | None = None,
+        draft: Model | None = None,
     ):
         if not 1 <= slots <= MAX_SLOTS:
             raise UsageError(f"slots must lie between 1 and {MAX_SLOTS}, not {slots}")
         if not 0 <= prefix_share <= 1:
             raise UsageError(f"the share of the prefix cache must lie between 0 and 1, not {prefix_share}")
         self.model, self.slots, self.queue, self.timeout = model, slots, queue, timeout
+        if draft is not None:
+            check_draft(model, draft)
+        self.draft = draft
         self.memory = Memory(model, memory)
         self.prefixes = Prefixes(int(prefix_share * self.memory.limit))
         self.metrics = Metrics()
@@ -81,7 +88,7 @@ class Engine:
         self._check(request)
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
         ticket = Ticket(request, deliver, deadline)
-        answers = [Answer(self.model, ticket, i) for i in range(request.n)]
+        answers = [Answer(self.model, ticket, i, self.draft) for i in range(request.n)]
         answers[0].followers = answers[1:]
         with self._changed:
             if not self.accepting:
@@ -120,6 +127,7 @@ class Engine:
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
+            "resident_bytes": psutil.Process().memory_info().rss,
             "kv_bytes": self.memory.held,
             "kv_limit_bytes": self.memory.limit,
             "prefix_entries": len(self.prefixes),

@@ -83,6 +83,7 @@ class Metrics:
         for name, about in (
             ("running", "Answers that run."),
             ("waiting", "Requests that wait."),
+            ("resident_bytes", "Bytes of the process in memory."),
             ("kv_bytes", "Bytes of keys and values."),
             ("kv_limit_bytes", "Bytes that keys and values may take."),
             ("prefix_entries", "Prompts remembered."),

@@ -131,21 +131,19 @@ def test_target_bits(checkpoint: Path, tmp_path: Path) -> None:
 def test_max_bytes(checkpoint: Path, tmp_path: Path) -> None:
     text = checkpoint.parent / "t.txt"
     sizes = [
-        halfbyte.convert(checkpoint, tmp_path / "o.hb", recipe=r, method="rtn").stat().st_size
+        halfbyte.convert(checkpoint, tmp_path / "o.hb", recipe=r, method="rtn", proof=False).stat().st_size
         for r in ("q3", "q5")
     ]
     for limit in (sizes[0], sum(sizes) // 2, sizes[1]):
-        out = halfbyte.convert(checkpoint, tmp_path / "o.hb", max_bytes=limit, calibrate=text)
+        out = halfbyte.convert(checkpoint, tmp_path / "o.hb", max_bytes=limit, calibrate=text, proof=False)
         assert 0.95 * limit < out.stat().st_size <= limit
     with pytest.raises(
         UsageError, match=r"100 bytes is too few: the smallest file of this model has \d+"
     ) as error:
-        halfbyte.convert(checkpoint, tmp_path / "p.hb", max_bytes=100, calibrate=text)
+        halfbyte.convert(checkpoint, tmp_path / "p.hb", max_bytes=100, calibrate=text, proof=False)
     least = int(str(error.value).split()[-1])
-    assert (
-        halfbyte.convert(checkpoint, tmp_path / "p.hb", max_bytes=least, calibrate=text).stat().st_size
-        == least
-    )
+    out = halfbyte.convert(checkpoint, tmp_path / "p.hb", max_bytes=least, calibrate=text, proof=False)
+    assert out.stat().st_size == least
 
 
 def test_same_input_same_plan(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Chat templates: published renderings, sandbox, one-line errors."""
 
 import json
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime import chat
+from halfbyte.runtime import chat, template_sandbox
 from halfbyte.runtime.chat import render
 
 CHATML = (
@@ -167,6 +169,88 @@ def test_broken_and_hostile_templates_are_one_line_errors(template: str) -> None
         render(template, [dict(m) for m in HELLO])
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("the chat template ")
+
+
+DOUBLED = "{% set n = namespace(x=['a']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+EXPENSIVE = {
+    "a macro that calls itself twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ m(60) }}",
+    "loops over a text": "{% set s = 'ab' * 100000 %}{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
+    "a recursive loop": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "joined by tildes": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "a block that repeats": "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
+    "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "text in a loop in a block": "{% set x %}{% for i in range(1000000) %}"
+    + "y" * 100_000
+    + "{% endfor %}{% endset %}",
+    "many long texts": "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% set n.x = n.x + ['a' * 4000000] %}"
+    "{% endfor %}",
+    "a list that holds itself often": DOUBLED + "{{ n.x }}",
+    "the same as JSON": DOUBLED + "{{ n.x | tojson }}",
+    "the same compared": DOUBLED + "{{ n.x == n.x }}",
+    "namespaces": "{% set a = namespace() %}" + "{% set a = namespace(x=a, y=a) %}" * 60 + "{{ a }}",
+    "a wide format": "{{ '%1000000000d' % 1 }}",
+    "a computed width": "{{ '%*d' % (1000000000, 1) }}",
+    "str.format": "{{ '{:1000000000}'.format(1) }}",
+    "a nested format": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "the filter format": "{{ '%1000000000d' | format(1) }}",
+    "center": "{{ 'a' | center(1000000000) }}",
+    "ljust": "{{ 'a'.ljust(1000000000) }}",
+    "zfill": "{{ 'a'.zfill(1000000000) }}",
+    "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
+    "indent": "{{ ('a\n' * 1000000) | indent(1000000) }}",
+    "tojson": "{{ [1] | tojson(indent=1000000000) }}",
+    "replace": "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
+    "str.replace": "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+    "str.join": "{{ ('a' * 1000000).join(['b'] * 1000000) }}",
+    "join": "{{ (['b'] * 1000000) | join('a' * 1000000) }}",
+    "slice": "{{ [1] | slice(1000000000) | list }}",
+    "lipsum": "{{ lipsum(n=100000000) }}",
+    "strftime": "{{ strftime_now('%1000000000d') }}",
+    "range": "{{ range(1000000000000) | list }}",
+    "whole numbers": "{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "lists of lists": "{{ [[[['a'] * 1000] * 1000] * 1000] * 1000 }}",
+    "slices": "{% set s = 'ab' * 2000000 %}{% for i in range(100000) %}{% set t = s[1:] %}{% endfor %}",
+    "sorting": "{% set s = 'ab' * 50000 %}{% for i in range(100000) %}{{ s | sort | length }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_expensive_templates_are_refused_before_they_cost_much(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.3)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.thread_time()
+    with pytest.raises(UsageError) as caught:
+        render(EXPENSIVE[name], HELLO)
+    assert "\n" not in str(caught.value) and "sequence item" not in str(caught.value)
+    assert time.thread_time() - start < 5  # one operation may be running when the time is over
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 3 * template_sandbox.MAX_BYTES // 1024
+    )
+
+
+def test_what_real_templates_compute_is_allowed() -> None:
+    long = [{"role": "user", "content": "word " * 100_000}, {"role": "assistant", "content": "x" * 1000}] * 10
+    template = (
+        "{% set ns = namespace(out='') %}{% for m in messages %}{% set ns.out = ns.out + m.role ~ m.content | trim %}"
+        "{% endfor %}{{ ns.out }}{{ '%s-%03d' % ('a', 7) }}{{ '{}{:>4}'.format(1, 2) }}{{ messages[1:] | length }}"
+        "{{ '[1]' | from_json }}{{ loop_is }}"
+    )
+    assert render(template, long).endswith("a-0071   219[1]")
+    assert render(
+        "{% for x in 'abc' %}{{ loop.index }}{{ loop.last }}{{ loop.length }}{% else %}-{% endfor %}", HELLO
+    ) == ("1False32False33True3")
+    assert render("{% for k, v in {'a': (1, 2)}.items() %}{{ k }}{{ v }}{% endfor %}", HELLO) == "a(1, 2)"
+
+
+def test_renderings_do_not_share_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 50)
+    for _ in range(5):
+        assert render("{% for i in range(40) %}{% endfor %}", HELLO) == ""
+    with pytest.raises(UsageError, match="50 steps"):
+        render("{% for i in range(20) %}{% for j in range(20) %}{% endfor %}{% endfor %}", HELLO)
 
 
 def test_the_template_says_why_it_refuses() -> None:

@@ -62,8 +62,8 @@ def test_convert_names_the_file_after_the_folder(folder, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     out = quiet(capsys, "convert", folder, "--recipe", "q8")
     assert re.fullmatch(
-        r"tiny-1\.5b\.hb: [\d.]+ kB, (\d+\.\d\d) bits per weight, \d+\.\d s\n", out
-    )  # one line, and no progress bar in a pipe
+        r"tiny-1\.5b\.hb: [\d.]+ kB, (\d+\.\d\d) bits per weight, \d+\.\d s\nKL divergence [\d.]+ .*\n", out
+    )  # two lines, and no progress bar in a pipe
     assert [p.name for p in tmp_path.iterdir()] == ["tiny-1.5b.hb"]
     assert File("tiny-1.5b.hb").metadata["general.name"] == "tiny-1.5b"
 
@@ -167,9 +167,10 @@ def test_run_takes_control_tokens_in_a_prompt_as_text(chat_file, file, prompt):
 
 def test_info(file, capsys):
     found = json.loads(quiet(capsys, "info", file, "--json"))
-    assert found["file_bytes"] == file.stat().st_size and found["format_version"] == "1.0"
+    assert found["file_bytes"] == file.stat().st_size and found["format_version"] == "1.2"
     assert found["tokenizer"] is True and found["chat_template"] is False
-    assert [s["kind"] for s in found["sections"]][-1] == "DATA"
+    assert [s["kind"] for s in found["sections"]][-2:] == ["DATA", "PROF"]
+    assert found["proof"].startswith("KL divergence 0.")
     assert found["encodings"]["q4"]["bits_per_weight"] == pytest.approx(found["bits_per_weight"])
     assert found["metadata"]["model.vocab_size"] == 160
     assert found["kv_values_per_token"] == 3 * 2 * 2 * 16

@@ -1,5 +1,6 @@
 """nll, perplexity and KL divergence against numbers computed another way."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from tiny import load_case
 
 import halfbyte
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.evaluate import evaluate
+from halfbyte.runtime.evaluate import evaluate, measure
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,20 @@ def test_more_bits_are_closer(files: dict[str, Path]) -> None:
         model = halfbyte.load(files[recipe], backend="reference", kv="f32")
         kld[recipe] = evaluate(model, TEXT[:400], ctx=64, against=f32)["kld_mean"]
     assert abs(kld["f32"]) < 1e-12 < kld["q8"] < kld["q4"] / 5
+
+
+def test_memory_does_not_grow_with_the_text(files: dict[str, Path]) -> None:
+    """But for 8 bytes a token: less than the logits of the seven windows more, even as float32."""
+    f32, q4 = (halfbyte.load(files[r], backend="reference") for r in ("f32", "q4"))
+    window = TEXT[:400]
+    part = q4.tokenizer.encode(window, bos=True)[:128]
+    peaks = []
+    for count in (1, 1, 8):  # the first fills caches
+        tracemalloc.start()
+        measure(q4, [part] * count, against=f32)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert len(part) == 128 and peaks[2] - peaks[1] < 7 * 128 * 320 * 4
 
 
 def test_refusals(files: dict[str, Path], tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def assert_untouched(out: Path) -> None:
     assert out.read_bytes() == b"precious"
 
 
+def assert_can_go_on(out: Path) -> None:
+    """The old output is as it was, and besides there is at most what a conversion is continued from."""
+    assert {p.name for p in out.parent.iterdir()} <= {out.name, f".{out.name}.part"}
+    assert out.read_bytes() == b"precious"
+
+
 # ---- damaged .hb files --------------------------------------------------------------------------
 
 
@@ -353,10 +359,17 @@ def test_no_space_left(folder, out, capsys, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", write)
-            assert "No space left on device" in convert_fails(capsys, folder, out)
+            assert "No space left on device" in fails(capsys, "convert", folder, "-o", out, *EXACT)
+        assert_can_go_on(out)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert "No space left on device" in convert_fails(capsys, folder, out)
+        assert cli.main(["convert", str(folder), "-o", str(out), *EXACT]) == 2
+    goes_on, error = capsys.readouterr().err.splitlines()
+    assert goes_on.startswith("continuing: ") and "No space left on device" in error
+    assert_can_go_on(out)
+    quiet(capsys, "convert", folder, "-o", out, *EXACT)
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    assert out.read_bytes() == halfbyte.convert(folder, out.parent / "again.hb", recipe="f32").read_bytes()
 
 
 @posix
@@ -385,7 +398,7 @@ def test_a_limit_on_file_size(folder, out):
         ),
     ],
 )
-def test_whatever_stops_a_conversion_leaves_no_part_of_a_file(
+def test_whatever_stops_a_conversion_leaves_what_it_can_go_on_from(
     raised, status, said, folder, out, capsys, monkeypatch
 ):
     from halfbyte.runtime.cli import terminal
@@ -402,7 +415,10 @@ def test_whatever_stops_a_conversion_leaves_no_part_of_a_file(
     monkeypatch.setattr(terminal.Progress, "__call__", stop)
     assert cli.main(["convert", str(folder), "-o", str(out), *EXACT]) == status
     assert capsys.readouterr().err == said
-    assert_untouched(out)
+    assert_can_go_on(out)
+    assert cli.main(["convert", str(folder), "-o", str(out), *EXACT]) == 0
+    assert capsys.readouterr().err.startswith("continuing: ")
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
 def write_large_checkpoint(folder: Path) -> Path:
@@ -455,4 +471,4 @@ def test_a_signal_in_the_middle_of_a_conversion(number, status, said, tmp_path, 
     finally:
         process.kill()
     assert (process.returncode, printed, err) == (status, "", said)
-    assert_untouched(out)
+    assert_can_go_on(out)

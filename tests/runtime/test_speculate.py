@@ -1,4 +1,4 @@
-"""Prompt lookup: guesses change the speed and nothing else."""
+"""Prompt lookup and draft models: guesses change the speed and nothing else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_model import write_checkpoint
 from story import story_folder
 from tiny import load_case
 
@@ -128,3 +129,48 @@ def test_a_consumer_that_leaves_finds_the_session_as_without_guesses(model: Mode
             answer.close()
             sessions.append(answer.session)
         assert sessions[0].ids == sessions[1].ids
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Another model of the same tokenizer, of a shorter context and more rows of logits."""
+    folder = tmp_path_factory.mktemp("draft")
+    return halfbyte.load(
+        halfbyte.convert(story_folder(folder / "c", context=96), folder / "m.hb", recipe="q3", method="rtn")
+    )
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_draft_model_changes_no_answer(model: Model, small: Model, how: dict) -> None:
+    right = 0
+    for prompt in ("Once upon a time there was", "x", "The end. The end. The"):
+        for tokens, lookup in ((1, 0), (60, 5), (400, 16)):
+            alone = generate(model, prompt, max_tokens=tokens, **how)
+            text = "".join(alone)
+            for draft in (model, small):
+                guessing = generate(model, prompt, max_tokens=tokens, lookup=lookup, draft=draft, **how)
+                assert "".join(guessing) == text
+                assert (guessing.ids, guessing.finish_reason) == (alone.ids, alone.finish_reason)
+                assert guessing.session.ids == alone.session.ids
+                right += guessing.guesses.right
+    assert right > 0
+
+
+def test_a_draft_model_that_is_the_model_is_always_right(model: Model) -> None:
+    answer = generate(model, "q", max_tokens=40, lookup=16, draft=model)
+    guesses = answer.guesses
+    guesses._after = _Nothing()  # no n-gram is ever found
+    "".join(answer)
+    assert guesses.guessed == guesses.right > 20
+
+
+class _Nothing(dict):
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def test_a_draft_model_needs_the_same_tokens(model: Model, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c")
+    other = halfbyte.load(halfbyte.convert(tmp_path / "c", tmp_path / "m.hb", recipe="q8"))
+    with pytest.raises(UsageError, match="another tokenizer"):
+        generate(model, "x", draft=other)

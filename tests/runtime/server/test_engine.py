@@ -291,3 +291,17 @@ def test_log_probabilities_are_those_of_the_model(demo: Model, engine: Engine) -
         assert token.logprob == pytest.approx(expected, abs=1e-9)
         assert token.top[0] == (token.id, token.logprob) and token.top[1][1] <= token.top[0][1]
         logits = session.feed([token.id])
+
+
+def test_a_draft_model_changes_no_answer(demo: Model, demo_path: Path, talker: Model) -> None:
+    with pytest.raises(UsageError, match="another tokenizer"):
+        Engine(demo, draft=talker)
+    drafting = Engine(demo, draft=halfbyte.load(demo_path, policy="f32"))
+    try:
+        for count, seed in ((2, 5), (12, 6)):  # few answers, which the draft model serves, and many
+            for asked in ask_all(drafting, requests(demo, count, seed)):
+                got = asked.wait()
+                assert (got.texts[0], got.ids[0], got.reasons[0]) == serial(demo, asked.request)
+        assert drafting.metrics.guessed_right > 20
+    finally:
+        drafting.close()

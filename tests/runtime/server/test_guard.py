@@ -111,7 +111,7 @@ def test_methods_and_headers(talk: Running) -> None:
     assert talk.client.delete("/v1/models").status_code == 405
     page = talk.client.get("/")
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
-    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "default-src 'none'" in page.headers["content-security-policy"]
     assert page.headers["x-content-type-options"] == "nosniff"
     assert talk.client.get("/nothing").json()["error"]["type"] == "not_found_error"
 

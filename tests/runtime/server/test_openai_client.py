@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import openai
 import pytest
 from serving import Running, greedy, serial
 
 from halfbyte.runtime.conversation import prompt_ids
+from halfbyte.runtime.embed import embed
 from halfbyte.runtime.model import Model
 
 ONCE = "Once upon a time there was a big"
@@ -270,9 +272,21 @@ def test_responses_with_schema_and_tools(tool: openai.OpenAI) -> None:
     assert tool.responses.create(model="any", input=later, tools=[flat], max_output_tokens=5).output
 
 
-def test_embeddings_are_refused_clearly(story: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="no embeddings"):
-        story.embeddings.create(model="any", input="x")
+def test_embeddings(story: openai.OpenAI, demo: Model) -> None:
+    texts = ["the big dog", "a red tree", "the big dog " * 150]
+    found = story.embeddings.create(model="any", input=texts)  # the client asks for base64
+    vectors = np.array([d.embedding for d in found.data], np.float32)
+    ids = [demo.tokenizer.encode(t) for t in texts]
+    np.testing.assert_array_equal(vectors, embed(demo, ids))
+    assert found.usage.prompt_tokens == sum(map(len, ids))
+    plain = story.embeddings.create(model="any", input=ids[1], encoding_format="float")
+    np.testing.assert_array_equal(np.float32(plain.data[0].embedding), vectors[1])
+    for bad in ("", [], [[]], [10**9], ["x", 5], "dog " * 5000, [True], {"a": 1}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            story.embeddings.create(model="any", input=bad)  # type: ignore[arg-type]
+        assert caught.value.param is not None and caught.value.param.startswith("input")
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        story.embeddings.create(model="any", input="x", dimensions=3)
 
 
 def test_too_long_a_prompt(story: openai.OpenAI) -> None:
