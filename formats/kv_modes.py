@@ -1,7 +1,7 @@
 """Stored forms of keys and values: the table that caches, kernels, `fit` and the command line read.
 
 A *side* is the form of keys or of values. Sides of 8 bits and less store, for every position and head, one
-scale byte and a code a column, after a rotation (SPEC.md section 12):
+scale byte and a code a column, after a rotation (SPEC.md section 10.5):
 
     y = H(sign * x) / sqrt(n) over runs of n columns; scale = e5m3(factor * amax(y) or rms(y)); level nearest to
     y / scale

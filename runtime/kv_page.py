@@ -1,4 +1,4 @@
-"""Pages: 64 positions of one cache, as floats or as rotated codes. The NumPy here is the law of SPEC.md section 12.
+"""Pages: 64 positions of one cache, as floats or as rotated codes. The NumPy here is the law of SPEC.md section 10.5.
 
 Every other backend writes the same bytes. What is summed has one order (16 lanes, as the kernels have them).
 """
@@ -89,7 +89,7 @@ def _unpack(data: np.ndarray, bits: int, cols: int) -> np.ndarray:
     """The inverse of `_pack`, for uint8[panels, bytes]."""
     low = {8: 8, 4: 4, 3: 2, 2: 2, 1: 0}[bits]
     rows, at = len(data) * PANEL, low * cols * 2
-    codes = np.zeros((rows, cols), np.uint8)
+    codes: np.ndarray = np.zeros((rows, cols), np.uint8)
     if low:
         codes = tiles.unpack_codes(np.ascontiguousarray(data[:, :at]).reshape(-1), low, rows, cols)
     if bits - low:

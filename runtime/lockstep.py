@@ -74,10 +74,10 @@ def lockstep(
         ids = rng.integers(0, vocab, rows).astype(np.int32)
         positions = np.arange(position, position + rows, dtype=np.int32)
         steps = []
-        for kv in kvs:
-            kv.reserve(position + rows)
+        for caches in kvs:
+            caches.reserve(position + rows)
             steps.append(
-                Step(ids, positions, np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32), [kv])
+                Step(ids, positions, np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32), [caches])
             )
         _step(file, reference, other, steps[0], steps[1], found, policy, progress)
         position += rows

@@ -67,8 +67,8 @@ typedef struct hb_weight {
 } hb_weight;
 
 /* One session's caches in pages of 64 positions: pages[c * page_count + position / 64] is a page of cache c
- * or NULL, aligned to 64 bytes, head by head (SPEC.md section 12). types[c] holds four HB_SIDE_*, from the low
- * byte up: of keys, of values, and of both in the first page. */
+ * or NULL, aligned to 64 bytes, head by head (SPEC.md section 10.5). types[c] holds four HB_SIDE_*, from the
+ * low byte up: of keys, of values, and of both in the first page. */
 typedef struct hb_kv {
     void *const *pages;
     const uint32_t *types;

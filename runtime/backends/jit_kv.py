@@ -1,6 +1,6 @@
 """Packed caches in the JIT backend: the rotation, codes written, and pages turned back into rotated floats.
 
-What is written is the same to the bit as `runtime.kv_page` writes; SPEC.md section 12 has the arithmetic.
+What is written is the same to the bit as `runtime.kv_page` writes; SPEC.md section 10.5 has the arithmetic.
 """
 
 from __future__ import annotations
