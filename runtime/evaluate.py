@@ -118,48 +118,38 @@ def _logits(model: Model, part: Sequence[int], kv: str | None = None) -> Iterato
         yield session.feed_all(chunk.tolist())
 
 
+def cut(parts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The first windows, of `tokens` tokens together. Raises UsageError where there are not two."""
+    out: list[list[int]] = []
+    for part in parts:
+        room = tokens - sum(map(len, out))
+        if room >= 2:
+            out.append(part[:room])
+    if not out:
+        raise UsageError("the text is too short: it needs at least two tokens")
+    return out
+
+
 def kv_divergence(
     model: Model,
-    text: str,
+    parts: Sequence[Sequence[int]],
     modes: Sequence[str],
-    contexts: Sequence[int],
-    tokens: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[int, dict[str, list[float]], dict[str, list[float]]]:
-    """What kv modes change: (tokens, mean KL against a cache of f32, mean nll), the lists by context length.
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """What kv modes change on windows of token ids: by mode the mean KL against a cache of f32, and the mean nll.
 
-    The first `tokens` tokens of the text, in windows of each context length; memory is O(vocabulary) and the caches
-    of all modes. Raises UsageError for text that is too short.
+    In nats per token. Memory is O(vocabulary) and the caches of all modes. progress: called with tokens done.
     """
-    kld: dict[str, list[float]] = {m: [] for m in modes}
-    nll: dict[str, list[float]] = {m: [] for m in modes}
-    all_parts = [windows(model, text, ctx) for ctx in contexts]
-    for parts in all_parts:
-        for i in range(len(parts)):
-            if sum(map(len, parts[: i + 1])) > tokens:
-                parts[i] = parts[i][: max(2, tokens - sum(map(len, parts[:i])))]
-                del parts[i + 1 :]
-                break
-        if not parts:
-            raise UsageError("the text is too short: it needs at least two tokens")
-    total, done = sum(len(p) - 1 for parts in all_parts for p in parts), 0
-    for parts in all_parts:
-        count = sum(len(p) - 1 for p in parts)
-        sums = {m: np.zeros(2) for m in modes}
-        for part in parts:
-            streams = [_logits(model, part, m) for m in ("f32", *modes)]
-            for targets, theirs, *rows in zip(_chunks(part[1:]), *streams):
-                law = log_softmax(theirs)
-                for m, logits in zip(modes, rows):
-                    ours = log_softmax(logits)
-                    sums[m] += (
-                        (np.exp(law) * (law - ours)).sum(),
-                        -ours[np.arange(len(targets)), targets].sum(),
-                    )
-                done += len(targets)
-                if progress:
-                    progress(done, total)
-        for m in modes:
-            kld[m].append(float(sums[m][0] / count))
-            nll[m].append(float(sums[m][1] / count))
-    return sum(len(p) - 1 for p in all_parts[-1]), kld, nll
+    sums, done = {m: np.zeros(2) for m in modes}, 0
+    for part in parts:
+        streams = [_logits(model, part, m) for m in ("f32", *modes)]
+        for targets, theirs, *rows in zip(_chunks(part[1:]), *streams):
+            law = log_softmax(theirs)
+            for m, logits in zip(modes, rows):
+                ours = log_softmax(logits)
+                nll = -ours[np.arange(len(targets)), targets].sum()
+                sums[m] += (np.exp(law) * (law - ours)).sum(), nll
+            done += len(targets)
+            if progress:
+                progress(done)
+    return {m: (float(kld / done), float(nll / done)) for m, (kld, nll) in sums.items()}

@@ -39,8 +39,9 @@ def load(
     """Open a `.hb` file, or a pulled model by its name, and bind it.
 
     backend: 'native', 'jit' or 'reference' (default: the best available). threads: default all CPUs
-    this process may use. kv: a mode of `formats.kv_modes`, or 'auto' (f32 for models stored in f32 and under
-    policy f32, else what `formats.kv_gate` picks by what was measured). policy: 'f32' or 'i8g32' (default), see SPEC.md section 10. verify: check every byte first.
+    this process may use. kv: a mode of `formats.kv_modes`, or 'auto': f32 for models stored in f32 and
+    under policy f32, else what `formats.kv_gate` picks by what was measured. policy: 'f32' or 'i8g32'
+    (default), see SPEC.md section 10. verify: check every byte first.
 
     Raises FormatError for a damaged file, UsageError for an impossible request.
     """

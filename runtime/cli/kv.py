@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, store, print."""
     from halfbyte.formats import annotation, kv_gate, kv_modes
     from halfbyte.runtime.cli.eval import read_text
-    from halfbyte.runtime.evaluate import kv_divergence
+    from halfbyte.runtime.evaluate import cut, kv_divergence, windows
     from halfbyte.runtime.model import load
 
     text = read_text(args.text)
@@ -49,10 +49,17 @@ def run(args: argparse.Namespace) -> int:
     if args.ctx and args.ctx > model.context_length:
         raise UsageError(f"--ctx {args.ctx}: the model's context is {model.context_length}")
     contexts = sorted({min(SHORT, longest), longest})
-    with Progress("measuring") as progress:
-        count, kld, nll = kv_divergence(
-            model, text, names, contexts, args.tokens, lambda done, total: progress("", done, total)
-        )
+    parts = [cut(windows(model, text, ctx), args.tokens) for ctx in contexts]
+    kld: dict[str, list[float]] = {n: [] for n in names}
+    nll: dict[str, list[float]] = {n: [] for n in names}
+    for ctx, some in zip(contexts, parts):
+        total = sum(len(p) - 1 for p in some)
+        with Progress(f"measuring at {ctx} tokens") as progress:
+            values = kv_divergence(model, some, names, lambda done, total=total: progress("", done, total))
+        for n in names:
+            kld[n].append(values[n][0])
+            nll[n].append(values[n][1])
+    count = total
     found = kv_gate.annotate(
         Path(args.text).name, hashlib.sha256(text.encode()).hexdigest(), count, contexts, kld
     )
