@@ -236,7 +236,7 @@ def attend_cases(v: Vectors, rng) -> None:
         ((1, 80, 96, 70), 7),
     ]
     for (shape, heads), mode, softcap in (
-        (s, m, c) for s in shapes for m in ("f32", "f16") for c in (0.0, 5.0)
+        (s, m, c) for s in shapes for m in ("f32", "f16", "k8v8", "k8v4", "tq3", "kt1v8") for c in (0.0, 5.0)
     ):
         rows, (kv_heads, k_dim, v_dim, _) = 90, shape
         widths = (heads * k_dim, kv_heads * k_dim, kv_heads * v_dim)
@@ -250,7 +250,7 @@ def attend_cases(v: Vectors, rng) -> None:
             program.record("kv_put", ins=[1, 2], cache=0),
             program.record("attend", out=[3], ins=[0], cache=0, scale=0.3, softcap=softcap),
         ]
-        bound = 3e-6 * np.abs(x[2]).max()
+        bound = (2.0**-6 if kv_modes.mode(mode).packed else 3e-6) * np.abs(x[2]).max()
         v.case(
             f"attend {shape} {mode}", recs, [*widths, heads * v_dim], x, 3, rows, want, bound, caches=[shape],
             kv_mode=mode,
