@@ -98,7 +98,10 @@ def peak(place: Path, name: str, out: Path, *options: str) -> int:
 def test_rounding_to_nearest_stays_below_a_cap_far_below_the_model(place: Path, tmp_path: Path) -> None:
     cap, size = 256_000_000, (place / "large" / "model.safetensors").stat().st_size
     assert size > 1.8 * cap
-    assert peak(place, "large", tmp_path / "o.hb", "--method", "rtn", "--no-proof", "--max-memory", f"{cap}") <= cap
+    assert (
+        peak(place, "large", tmp_path / "o.hb", "--method", "rtn", "--no-proof", "--max-memory", f"{cap}")
+        <= cap
+    )
     File(tmp_path / "o.hb").verify()
 
 
