@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,12 @@ def run(args: argparse.Namespace) -> int:
     kld: dict[str, list[float]] = {n: [] for n in names}
     nll: dict[str, list[float]] = {n: [] for n in names}
     for ctx, some in zip(contexts, parts):
-        total = sum(len(p) - 1 for p in some)
+        count = sum(len(p) - 1 for p in some)
         with Progress(f"measuring at {ctx} tokens") as progress:
-            values = kv_divergence(model, some, names, lambda done, total=total: progress("", done, total))
+            values = kv_divergence(model, some, names, functools.partial(_show, progress, count))
         for n in names:
             kld[n].append(values[n][0])
             nll[n].append(values[n][1])
-    count = total
     found = kv_gate.annotate(
         Path(args.text).name, hashlib.sha256(text.encode()).hexdigest(), count, contexts, kld
     )
@@ -97,3 +97,7 @@ def run(args: argparse.Namespace) -> int:
         f"{count} tokens; limit {kv_gate.THRESHOLD:g} nats per token" + ("" if args.no_store else "; stored")
     )
     return 0
+
+
+def _show(progress: Progress, total: int, done: int) -> None:
+    progress("", done, total)
