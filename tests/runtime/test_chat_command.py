@@ -11,7 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
-
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
