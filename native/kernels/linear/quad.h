@@ -16,7 +16,8 @@ typedef __m512i quad;
 #define QUAD_FLIP_UNSIGNED 0
 #define QUAD_OFFSET_UNSIGNED 0
 #define QUAD_WIDE 12  /* tokens whose sums fit the registers */
-#define QUAD_DIRECT 4 /* tokens worth unpacking codes in registers for */
+#define QUAD_DIRECT 8 /* tokens whose sums fit beside codes unpacked in registers */
+#define QUAD_FEW 48   /* tokens for which that is better than unpacking codes to memory once */
 #define QUAD_PANELS 2 /* panels of a blocked product, which then share every load of activations */
 
 HB_INLINE quad quad_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
@@ -62,6 +63,7 @@ typedef struct {
 #define QUAD_OFFSET_UNSIGNED 0
 #define QUAD_WIDE 6
 #define QUAD_DIRECT 2
+#define QUAD_FEW 8
 #if defined(HB_AVX512VLVNNI)
 #define HB_DOT_8 _mm256_dpbusd_epi32
 #else
@@ -77,6 +79,7 @@ typedef struct {
 #define QUAD_OFFSET_UNSIGNED 128
 #define QUAD_WIDE 4
 #define QUAD_DIRECT 2
+#define QUAD_FEW 8
 #define HB_DOT_8 hb_dot_8
 HB_INLINE __m256i hb_dot_8(__m256i sum, __m256i w, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));

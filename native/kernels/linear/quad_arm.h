@@ -22,6 +22,7 @@ typedef struct {
 #define QUAD_WIDE 2
 #endif
 #define QUAD_DIRECT 2
+#define QUAD_FEW 2
 
 /* Sums of half a panel at a time fit the registers; those of all 16 rows do not. */
 #define QUAD_PARTS 2

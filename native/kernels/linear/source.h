@@ -21,6 +21,7 @@ typedef struct {
     bool plain;     /* a binary16 scale a group and nothing else */
     quad flip;      /* 8 bits: what makes a stored code a quad's byte */
     quad tables[3]; /* fewer bits: m->tables */
+    quad shifts;    /* what a kernel adds to all codes of a row and group, where it does */
     int32_t offset; /* what the quads lack */
 } source;
 
@@ -60,9 +61,26 @@ HB_INLINE void source_tables(const family f, source *s) {
     }
 }
 
+/* Bytes of the low plane of 32 columns. */
+HB_INLINE size_t source_bytes(const family f) {
+    return f == BITS3 ? 128 : f == BITS5 || f == BITS6 ? 256 : f * 64;
+}
+
+/* Asks for codes that a kernel comes to some microseconds later; after a panel comes the next. The
+ * processor's own prefetching stops at pages and is late when several tokens share the codes. */
+HB_INLINE void source_fetch(const family f, const source *s, uint32_t i) {
+    enum { AHEAD = 6144 }; /* bytes of the low plane: 4096 to 16384 are as good, 1024 is not enough */
+    const size_t bytes = source_bytes(f), high = f == BITS6 ? 128 : f == BITS3 || f == BITS5 ? 64 : 0;
+    HB_UNROLL
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(s->codes + i * bytes + AHEAD + at, 0, 3);
+    HB_UNROLL
+    for (size_t at = 0; at < high; at += 64)
+        __builtin_prefetch(s->high + i * high + AHEAD * high / bytes + at, 0, 3);
+}
+
 /* Quad k of the 8 of columns 32 * i onwards: the planes of SPEC.md section 6. */
 HB_INLINE quad source_quad(const family f, const source *s, uint32_t i, const int k) {
-    const uint8_t *p = s->codes + (size_t)i * (f == BITS3 ? 128 : f == BITS5 || f == BITS6 ? 256 : f * 64);
+    const uint8_t *p = s->codes + i * source_bytes(f);
     if (f == BITS8) return quad_xor(quad_load(p + 64 * k), s->flip);
     if (f == BITS2) {
         /* the nibble of two codes is the index; a table for each of them */
