@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import container, encodings, kv_modes, ops, program, tiles
+from . import annotation, container, encodings, kv_modes, metadata, ops, program, tiles
 
 _C_TYPES = {"<u2": "uint16_t", "<u4": "uint32_t", "<u8": "uint64_t"}
 
@@ -76,6 +76,84 @@ def _side(s: kv_modes.Side) -> str:
     rule = ("", "amax", "rms").index(s.rule)
     factor = f"{np.float32(s.factor)!s}f" if s.factor else "0.0f"
     return _braces([s.bits, rule, len(s.levels), factor, _braces(s.levels or [0])])
+
+
+# How an attribute is checked.
+ATTR_KINDS = ("u32", "f32", "function")
+
+RULES_STRUCT = """\
+/* What a program and a file must be, for readers: rows of HB_OP_TABLE (operands that must be there, those that may,
+   a bit each from the first; kinds of attributes: 0 u32, 1 f32, 2 function), HB_SECTION_TABLE, HB_KEY_TABLE (the
+   type that a known metadata key must have) and HB_MODE_TABLE (keys, values: HB_SIDE_*). */
+typedef struct hb_op_rule {
+    const char *name;
+    uint16_t code;
+    uint8_t outs;
+    uint8_t ins;
+    uint8_t weights;
+    uint8_t optional_weights;
+    uint8_t attr_count;
+    uint8_t attr_kinds[4];
+    uint8_t in_place;
+} hb_op_rule;
+
+typedef struct hb_section_rule {
+    char kind[5];
+    uint8_t required;
+} hb_section_rule;
+
+typedef struct hb_key_rule {
+    const char *key;
+    uint8_t type;
+    uint8_t required;
+} hb_key_rule;
+
+typedef struct hb_mode_rule {
+    const char *name;
+    uint8_t k;
+    uint8_t v;
+} hb_mode_rule;
+"""
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
+
+
+def _op_rule(op: ops.Op) -> str:
+    def mask(names: tuple[str, ...], optional: bool) -> int:
+        return sum(1 << i for i, name in enumerate(names) if optional or not name.endswith("?"))
+
+    assert not any(name.endswith("?") for name in (*op.outputs, *op.inputs))
+    kinds = [ATTR_KINDS.index(a.kind) for a in op.attrs]
+    row = (_quoted(op.name), op.code, len(op.outputs), len(op.inputs), mask(op.weights, False),
+           mask(op.weights, True), len(op.attrs), _braces(kinds or [0]), int(op.in_place))  # fmt: skip
+    return _braces(row)
+
+
+def _rules() -> str:
+    """The tables that a reader checks a file against, as C: one macro a line."""
+    sections = [_braces([_quoted(k), int(s.required)]) for k, s in container.SECTIONS.items()]
+    keys = [
+        _braces([_quoted(k), metadata.TYPES[kind], int(required)])
+        for k, (kind, required, _) in metadata.KEYS.items()
+    ]
+    sides = {s.name: s.number for s in kv_modes.SIDES}
+    modes = [_braces([_quoted(name), sides[k], sides[v]]) for name, (k, v) in kv_modes.MODES.items()]
+    tables = {
+        "OP": list(map(_op_rule, ops.OPS)), "SECTION": sections, "KEY": keys, "MODE": modes,
+        "SIDE_NAME": [_quoted(s.name) for s in kv_modes.SIDES],
+    }  # fmt: skip
+    limits = {
+        "MAX_SECTIONS": container.MAX_SECTIONS, "MAX_DIMENSION": container.MAX_DIMENSION,
+        "MAX_WIDTH": program.MAX_WIDTH, "MAX_HEAD_DIM": program.MAX_HEAD_DIM, "MAX_RECORDS": program.MAX_RECORDS,
+        "MAX_SLOTS": program.MAX_SLOTS, "MAX_CACHES": program.MAX_CACHES, "MAX_COLUMNS": program.MAX_COLUMNS,
+        "MAX_ANNOTATION": annotation.MAX_BYTES, "DATA_ALIGNMENT": container.DATA_ALIGNMENT,
+    }  # fmt: skip
+    lines = [f"#define HB_{name}_TABLE {_braces(rows)}" for name, rows in tables.items()]
+    lines += [f"#define HB_{name} {value}" for name, value in limits.items()]
+    lines.append(f"#define HB_MAGIC {_braces(hex(b) for b in container.MAGIC)}")
+    return "\n".join(lines) + "\n"
 
 
 SIDE_STRUCT = """\
@@ -176,6 +254,9 @@ def header() -> str:
             container.TENSOR_DTYPE,
             "A row of the tensor table; offset is from the start of DATA.",
         ),
+        _enum("HB_META_", [(k, v, "type of a metadata value") for k, v in metadata.TYPES.items()]),
+        RULES_STRUCT,
+        _rules(),
         "#endif\n",
     ]
     return "\n".join(parts)

@@ -266,4 +266,64 @@ typedef struct hb_tensor {
     uint8_t zero2[32];
 } hb_tensor;
 
+enum {
+    HB_META_BOOL = 1, /* type of a metadata value */
+    HB_META_INT = 2, /* type of a metadata value */
+    HB_META_FLOAT = 3, /* type of a metadata value */
+    HB_META_STR = 4, /* type of a metadata value */
+    HB_META_BYTES = 5, /* type of a metadata value */
+    HB_META_INTS = 6, /* type of a metadata value */
+    HB_META_FLOATS = 7, /* type of a metadata value */
+    HB_META_STRS = 8, /* type of a metadata value */
+};
+
+/* What a program and a file must be, for readers: rows of HB_OP_TABLE (operands that must be there, those that may,
+   a bit each from the first; kinds of attributes: 0 u32, 1 f32, 2 function), HB_SECTION_TABLE, HB_KEY_TABLE (the
+   type that a known metadata key must have) and HB_MODE_TABLE (keys, values: HB_SIDE_*). */
+typedef struct hb_op_rule {
+    const char *name;
+    uint16_t code;
+    uint8_t outs;
+    uint8_t ins;
+    uint8_t weights;
+    uint8_t optional_weights;
+    uint8_t attr_count;
+    uint8_t attr_kinds[4];
+    uint8_t in_place;
+} hb_op_rule;
+
+typedef struct hb_section_rule {
+    char kind[5];
+    uint8_t required;
+} hb_section_rule;
+
+typedef struct hb_key_rule {
+    const char *key;
+    uint8_t type;
+    uint8_t required;
+} hb_key_rule;
+
+typedef struct hb_mode_rule {
+    const char *name;
+    uint8_t k;
+    uint8_t v;
+} hb_mode_rule;
+
+#define HB_OP_TABLE {{"embed", 1, 1, 0, 1, 1, 0, {0}, 0}, {"pick", 2, 1, 1, 0, 0, 0, {0}, 0}, {"rmsnorm", 3, 1, 1, 0, 1, 2, {1, 0}, 1}, {"layernorm", 4, 1, 1, 0, 3, 2, {1, 0}, 1}, {"linear", 5, 1, 1, 1, 3, 0, {0}, 0}, {"add", 6, 1, 2, 0, 0, 1, {1}, 1}, {"mul", 7, 1, 2, 0, 0, 0, {0}, 1}, {"unary", 8, 1, 1, 0, 0, 2, {2, 1}, 1}, {"glu", 9, 1, 1, 0, 0, 1, {2}, 0}, {"rope", 10, 1, 1, 1, 1, 2, {0, 1}, 1}, {"kv_put", 11, 0, 2, 0, 0, 1, {0}, 0}, {"attend", 12, 1, 1, 0, 0, 3, {0, 1, 1}, 0}, {"gather", 13, 1, 1, 1, 1, 0, {0}, 0}, {"hadamard", 14, 1, 1, 0, 0, 1, {0}, 1}}
+#define HB_SECTION_TABLE {{"META", 1}, {"TOKN", 0}, {"TMPL", 0}, {"SLOT", 1}, {"KVCA", 1}, {"PROG", 1}, {"TENS", 1}, {"DATA", 1}, {"PROF", 0}, {"KVMD", 0}}
+#define HB_KEY_TABLE {{"general.name", 4, 0}, {"general.model_type", 4, 0}, {"general.source_format", 4, 0}, {"general.source_digest", 4, 0}, {"general.tool_version", 4, 0}, {"general.recipe", 4, 0}, {"general.parameters", 2, 0}, {"model.vocab_size", 2, 1}, {"model.context_length", 2, 1}, {"model.layers", 2, 0}, {"model.hidden_size", 2, 0}, {"tokenizer.bos_id", 2, 0}, {"tokenizer.eos_ids", 6, 0}, {"tokenizer.add_bos", 1, 0}, {"generation.temperature", 3, 0}, {"generation.top_k", 2, 0}, {"generation.top_p", 3, 0}}
+#define HB_MODE_TABLE {{"f32", 0, 0}, {"f16", 1, 1}, {"k8v8", 2, 2}, {"k8v4", 2, 3}, {"k4v4", 3, 3}, {"tq4", 7, 7}, {"tq3.5", 7, 6}, {"tq3", 6, 6}, {"tq2.5", 6, 5}, {"tq2", 5, 5}}
+#define HB_SIDE_NAME_TABLE {"f32", "f16", "8", "4", "t1", "t2", "t3", "t4"}
+#define HB_MAX_SECTIONS 64
+#define HB_MAX_DIMENSION 268435456
+#define HB_MAX_WIDTH 4194304
+#define HB_MAX_HEAD_DIM 4096
+#define HB_MAX_RECORDS 65536
+#define HB_MAX_SLOTS 65536
+#define HB_MAX_CACHES 4096
+#define HB_MAX_COLUMNS 16777216
+#define HB_MAX_ANNOTATION 16777216
+#define HB_DATA_ALIGNMENT 16384
+#define HB_MAGIC {0x89, 0x68, 0x62, 0xd, 0xa, 0x1a, 0xa, 0x0}
+
 #endif

@@ -41,6 +41,7 @@ typedef struct hb_matrix {
     uint32_t blocks_per_group; /* blocks that share a scale */
     uint32_t groups_per_super; /* scales that share a super scale */
     size_t panel_codes, panel_high, panel_scales, panel_zeros, panel_super;
+    uint64_t nbytes; /* of all planes, padding between them included */
     /* The levels by what a kernel looks up: 2 bits, those of the first and of the second code of a nibble;
      * 3 to 5 bits, the levels in order; 6 bits, those of the lower four and, for either code of a nibble,
      * what the upper two add. */

@@ -6,6 +6,8 @@
 
 int hb_abi_version(void) { return HB_ABI_VERSION; }
 
+uint32_t hb_version(void) { return HB_VERSION_MAJOR * 1000000 + HB_VERSION_MINOR * 1000 + HB_VERSION_PATCH; }
+
 const char *hb_isa_name(int isa) {
     switch (isa) {
         case HB_ISA_SCALAR:
@@ -67,6 +69,12 @@ const char *hb_status_text(int status) {
             return "a picked row is not in the step";
         case HB_ERROR_ARGUMENT:
             return "an argument is wrong";
+        case HB_ERROR_FORMAT:
+            return "the file is damaged or of another format";
+        case HB_ERROR_IO:
+            return "the system could not open, read or write";
+        case HB_ERROR_CANCELLED:
+            return "cancelled";
         default:
             return "unknown status";
     }

@@ -1,7 +1,6 @@
 #include "bind.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
@@ -147,45 +146,64 @@ static void find_runs(hb_program *p) {
     }
 }
 
-static void *copy(const void *from, size_t count, size_t size) {
-    void *to = calloc(count ? count : 1, size);
-    if (to && count) memcpy(to, from, count * size);
-    return to;
+/* Where the parts of the working memory lie; p itself stays as it is while `b` only measures. */
+static void lay_out_working(hb_program *p, hb_block *b, uint32_t tokens) {
+    const size_t strips = ((size_t)tokens + HB_STRIP - 1) / HB_STRIP * HB_STRIP;
+    uint32_t *spans = hb_take(b, (size_t)tokens + 1, sizeof *spans);
+    uint8_t *room = hb_take(b, strips, p->strip_bytes);
+    if (b->base) p->spans = spans, p->strips = room;
+    for (uint32_t i = 0; i < p->angles_count; i++) {
+        float *table = hb_take(b, (size_t)tokens * 2 * p->angles[i].n, sizeof *table);
+        if (b->base) p->angles[i].table = table;
+    }
+}
+
+size_t hb_working_bytes(const hb_program *program, uint32_t tokens) {
+    hb_block b = {NULL, 0};
+    lay_out_working((hb_program *)program, &b, tokens);
+    return b.used;
 }
 
 bool hb_program_reserve(hb_program *p, uint32_t tokens) {
     if (tokens <= p->tokens) return true;
-    free(p->strips), free(p->spans);
-    p->strips = NULL, p->tokens = 0;
-    p->spans = malloc(((size_t)tokens + 1) * sizeof *p->spans);
-    bool ok = p->spans;
-    if (p->strip_bytes) {
-        const size_t whole = ((size_t)tokens + HB_STRIP - 1) / HB_STRIP * HB_STRIP;
-        ok = ok && !posix_memalign((void **)&p->strips, 64, whole * p->strip_bytes);
-    }
-    for (uint32_t i = 0; i < p->angles_count; i++) {
-        free(p->angles[i].table);
-        p->angles[i].table = malloc((size_t)tokens * 2 * p->angles[i].n * sizeof(float));
-        ok = ok && p->angles[i].table;
-    }
-    if (ok) p->tokens = tokens;
-    return ok;
+    hb_release(&p->allocator, p->working);
+    p->tokens = 0;
+    p->working = hb_allocate(&p->allocator, hb_working_bytes(p, tokens));
+    if (!p->working) return false;
+    hb_block b = {p->working, 0};
+    lay_out_working(p, &b, tokens);
+    p->tokens = tokens;
+    return true;
 }
 
 float *hb_program_partial(hb_program *p, size_t count) {
     if (count <= p->partial_size) return p->partial;
-    free(p->partial);
-    p->partial = malloc(count * sizeof(float));
+    hb_release(&p->allocator, p->partial);
+    p->partial = hb_allocate(&p->allocator, count * sizeof(float));
     p->partial_size = p->partial ? count : 0;
     return p->partial;
 }
 
+size_t hb_partial_values(const hb_program *p, uint32_t threads, uint32_t positions) {
+    const size_t segments = ((size_t)positions + HB_PAGE * HB_SEGMENT - 1) / (HB_PAGE * HB_SEGMENT);
+    size_t most = 0;
+    if (threads < 2 || segments < 2) return 0;
+    for (uint32_t i = 0; i < p->op_count; i++) {
+        const hb_op *op = &p->ops[i].op;
+        if (op->code != HB_OP_ATTEND) continue;
+        const hb_cache *c = &p->caches[op->attr[HB_ATTR_ATTEND_CACHE]];
+        const size_t share = p->slots[op->in[0]].width / c->k_dim / c->kv_heads;
+        const size_t each = share * ((c->v_dim + 15u) / 16u * 16u + 16), count = 8 * (size_t)threads;
+        if (each * count * segments > most) most = each * count * segments;
+    }
+    return most;
+}
+
 void hb_free(hb_program *p) {
     if (!p) return;
-    for (uint32_t i = 0; p->angles && i < p->angles_count; i++) free(p->angles[i].table);
-    free(p->ops), free(p->slots), free(p->caches), free(p->angles);
-    free(p->scratch), free(p->strips), free(p->spans), free(p->partial);
-    free(p);
+    const hb_allocator a = p->allocator;
+    hb_release(&a, p->scratch), hb_release(&a, p->working), hb_release(&a, p->partial);
+    hb_release(&a, p);
 }
 
 static void choose_kernels(hb_program *p) {
@@ -207,44 +225,81 @@ static void choose_kernels(hb_program *p) {
 #undef CHOOSE
 }
 
+/* The program and its tables are one block; of `p` only the counts are read while the block measures. */
+static hb_program *lay_out_program(hb_block *b, const hb_program *p) {
+    hb_program *to = hb_take(b, 1, sizeof *to);
+    hb_program v = *p;
+    v.ops = hb_take(b, p->op_count, sizeof *v.ops);
+    v.angles = hb_take(b, p->op_count, sizeof *v.angles);
+    v.slots = hb_take(b, p->slot_count, sizeof *v.slots);
+    v.caches = hb_take(b, p->cache_count, sizeof *v.caches);
+    if (to) *to = v;
+    return to;
+}
+
+size_t hb_program_bytes(const hb_program *program) {
+    hb_block b = {NULL, 0};
+    lay_out_program(&b, program);
+    return b.used;
+}
+
+static hb_program *new_program(const hb_program *counts, const hb_op *ops, const hb_slot *slots,
+                               const hb_cache *caches) {
+    const size_t bytes = hb_program_bytes(counts);
+    hb_block b = {hb_allocate(&counts->allocator, bytes), 0};
+    if (!b.base) return NULL;
+    memset(b.base, 0, bytes);
+    hb_program *p = lay_out_program(&b, counts);
+    for (uint32_t i = 0; i < p->op_count; i++) p->ops[i].op = ops[i];
+    if (p->slot_count) memcpy(p->slots, slots, p->slot_count * sizeof *slots);
+    if (p->cache_count) memcpy(p->caches, caches, p->cache_count * sizeof *caches);
+    return p;
+}
+
+int hb_bind_with(const hb_allocator *allocator, const hb_op *ops, uint32_t op_count, const hb_slot *slots,
+                 uint32_t slot_count, const hb_cache *caches, uint32_t cache_count, const hb_weight *weights,
+                 uint32_t weight_count, int policy, int isa, hb_pool *pool, hb_program **out) {
+    *out = NULL;
+    if (isa == HB_ISA_BEST) isa = hb_cpu_best();
+    if (!hb_cpu_supports(isa) || (policy != HB_POLICY_F32 && policy != HB_POLICY_I8G32))
+        return hb_fail(HB_ERROR_ARGUMENT,
+                       "this machine does not have that instruction set, or the policy is unknown");
+    const hb_program counts = {.allocator = *allocator,
+                               .op_count = op_count,
+                               .slot_count = slot_count,
+                               .cache_count = cache_count,
+                               .policy = policy,
+                               .isa = isa,
+                               .pool = pool,
+                               .vocabulary = UINT32_MAX,
+                               .scratch_bytes = HB_LINEAR_SCRATCH};
+    hb_program *p = new_program(&counts, ops, slots, caches);
+    if (!p) return hb_fail(HB_ERROR_MEMORY, "no memory for a program of %u records", op_count);
+    choose_kernels(p);
+    for (uint32_t at = 0; at < op_count; at++) {
+        const char *why = bind_op(p, &p->ops[at], weights, weight_count);
+        if (!why) continue;
+        hb_free(p);
+        return hb_fail(HB_ERROR_FORMAT, "record %u: %s", at, why);
+    }
+    find_runs(p);
+    if (pool && !(p->scratch = hb_allocate(allocator, p->scratch_bytes * (size_t)hb_pool_threads(pool)))) {
+        hb_free(p);
+        return hb_fail(HB_ERROR_MEMORY, "no memory for the scratch of %d threads", hb_pool_threads(pool));
+    }
+    *out = p;
+    return HB_OK;
+}
+
 hb_program *hb_bind(const hb_op *ops, uint32_t op_count, const hb_slot *slots, uint32_t slot_count,
                     const hb_cache *caches, uint32_t cache_count, const hb_weight *weights,
                     uint32_t weight_count, int policy, int isa, hb_pool *pool, char *error,
                     size_t error_size) {
-    hb_program *p = calloc(1, sizeof *p);
-    if (!p) {
-        snprintf(error, error_size, "out of memory");
-        return NULL;
-    }
-    if (isa == HB_ISA_BEST) isa = hb_cpu_best();
-    p->policy = policy, p->isa = isa, p->pool = pool;
-    p->vocabulary = UINT32_MAX;
-    p->op_count = op_count, p->slot_count = slot_count, p->cache_count = cache_count;
-    p->ops = calloc(op_count ? op_count : 1, sizeof *p->ops);
-    p->angles = calloc(op_count ? op_count : 1, sizeof *p->angles);
-    p->slots = copy(slots, slot_count, sizeof *slots);
-    p->caches = copy(caches, cache_count, sizeof *caches);
-    p->scratch_bytes = HB_LINEAR_SCRATCH;
-    const char *why = NULL;
-    uint32_t at = 0;
-    if (!p->ops || !p->angles || !p->slots || !p->caches)
-        why = "out of memory";
-    else if (!hb_cpu_supports(isa) || (policy != HB_POLICY_F32 && policy != HB_POLICY_I8G32) || !pool)
-        why = "this machine does not have that instruction set, or the arguments are wrong";
-    else
-        choose_kernels(p);
-    for (; !why && at < op_count; at++) {
-        p->ops[at].op = ops[at];
-        why = bind_op(p, &p->ops[at], weights, weight_count);
-        if (why) break;
-    }
-    if (!why && posix_memalign((void **)&p->scratch, 64, p->scratch_bytes * (size_t)hb_pool_threads(pool)))
-        why = "out of memory";
-    if (!why) {
-        find_runs(p);
-        return p;
-    }
-    snprintf(error, error_size, "record %u: %s", at, why);
-    hb_free(p);
-    return NULL;
+    const hb_allocator heap = hb_allocator_of(NULL);
+    hb_program *p = NULL;
+    if (pool)
+        hb_bind_with(&heap, ops, op_count, slots, slot_count, caches, cache_count, weights, weight_count,
+                     policy, isa, pool, &p);
+    if (!p) snprintf(error, error_size, "%s", pool ? hb_last_error() : "there is no pool");
+    return p;
 }

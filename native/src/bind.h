@@ -4,8 +4,9 @@
 
 #include <stdbool.h>
 
-#include "halfbyte.h"
+#include "halfbyte_program.h"
 #include "kernels/kernels.h"
+#include "memory.h"
 #include "pool.h"
 
 /* The kernels of one instruction set, by op; LINEAR by family. */
@@ -60,13 +61,16 @@ struct hb_program {
     uint32_t vocabulary; /* ids are below it */
     int policy, isa;
     hb_pool *pool;
+    hb_allocator allocator;
     size_t scratch_bytes; /* of one thread */
     char *scratch;
-    uint32_t tokens; /* rows that the strips and the angle tables have room for */
+    uint32_t tokens; /* rows that the working memory has room for */
+    char *working;   /* of steps: */
     uint8_t *strips; /* quantised activations */
     uint32_t *spans; /* first rows of the tasks of ATTEND, and the number of rows */
     float *partial;  /* sums of segments of ATTEND */
     size_t partial_size;
+    const _Atomic int *cancelled; /* where a step looks whether to stop, or NULL */
 };
 
 /* The kernel table. */
@@ -81,8 +85,23 @@ extern const int hb_kernel_rows_count;
 
 const hb_kernel_row *hb_choose(const char *op, const char *family, int isa);
 
+/* hb_bind with an allocator. Without a pool nothing can run: it is for asking what running would take. The
+ * reason of a failure is the thread's last error. */
+int hb_bind_with(const hb_allocator *allocator, const hb_op *ops, uint32_t op_count, const hb_slot *slots,
+                 uint32_t slot_count, const hb_cache *caches, uint32_t cache_count, const hb_weight *weights,
+                 uint32_t weight_count, int policy, int isa, hb_pool *pool, hb_program **out);
+
 /* Makes room for a step of `tokens` rows; false when memory is out. */
 bool hb_program_reserve(hb_program *program, uint32_t tokens);
+
+/* Bytes of the program and its tables. */
+size_t hb_program_bytes(const hb_program *program);
+
+/* Bytes of working memory for steps of `tokens` rows. */
+size_t hb_working_bytes(const hb_program *program, uint32_t tokens);
+
+/* Most values that hb_program_partial is asked for with so many threads, in sessions of so many positions. */
+size_t hb_partial_values(const hb_program *program, uint32_t threads, uint32_t positions);
 
 /* Memory for `count` values until the next call; NULL when memory is out. */
 float *hb_program_partial(hb_program *program, size_t count);

@@ -14,7 +14,7 @@
 #include <sys/sysctl.h>
 #endif
 
-#include "halfbyte.h"
+#include "halfbyte_program.h"
 
 #if HB_ARM
 #if defined(__linux__) /* Android too; bits of the kernel's interface, which old headers lack */

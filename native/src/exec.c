@@ -1,6 +1,7 @@
 #include "exec.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 /* Work below which waking other threads costs more than it saves: values touched, or multiplications. */
@@ -344,6 +345,8 @@ int hb_execute(hb_program *p, const hb_step *step, uint32_t first, uint32_t last
     const hb_bound *b = p->ops + first, *const end = p->ops + last;
     while (b < end) {
         const hb_bound *const start = b;
+        if (p->cancelled && atomic_load_explicit(p->cancelled, memory_order_relaxed))
+            return HB_ERROR_CANCELLED;
         if (b->by_row) do
                 b++;
             while (b < end && b->by_row && b->joins && b - start < LONGEST_RUN);

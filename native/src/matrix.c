@@ -18,23 +18,27 @@ const char *hb_linear_family(const hb_encoding *e, int policy) {
     return e->kind == HB_KIND_FLOAT8 || policy == HB_POLICY_F32 ? "dequantised" : by_bits[e->bits];
 }
 
-static size_t align_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+static uint64_t align_up(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
 
-static size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
+static uint64_t ceil_div(uint64_t n, uint64_t by) { return (n + by - 1) / by; }
 
-/* The next plane of a matrix of `panels`: where it starts; *need is then where it ends. */
-static const uint8_t *take_plane(const hb_matrix *m, size_t panels, size_t panel_bytes, size_t *need) {
-    const size_t at = align_up(*need, HB_ALIGNMENT);
+/* The next plane of a matrix of `panels`: where it starts; *need is then where it ends. Sizes are of 64 bits
+ * here, so that none wraps where addresses are of 32; they are used only once they are known to fit what is
+ * there. */
+static const uint8_t *take_plane(const hb_matrix *m, uint64_t panels, uint64_t panel_bytes, uint64_t *need) {
+    const uint64_t at = align_up(*need, HB_ALIGNMENT);
     *need = at + panels * panel_bytes;
-    return m->codes + at;
+    return m->codes + (size_t)at;
 }
 
-static bool parameters_are_known(const hb_encoding *e, const hb_weight *w) {
-    if (w->group != 0 && w->group % 32 != 0 && w->group != 4 && w->group != 8 && w->group != 16) return false;
-    if (e->group) return w->group == e->group;
-    if (w->scale_type == HB_SCALE_TYPE_K256)
-        return e->kind == HB_KIND_CODES && (w->group == 16 || w->group == 32);
-    return w->scale_type >= HB_SCALE_TYPE_F32 && w->scale_type <= HB_SCALE_TYPE_BF16;
+bool hb_parameters_are_valid(const hb_encoding *e, uint32_t group, uint32_t scale_type) {
+    if (e->scaling != HB_SCALING_ANY)
+        return group == e->group &&
+               scale_type == (e->scaling == HB_SCALING_F16 ? HB_SCALE_TYPE_F16 : HB_SCALE_TYPE_NONE);
+    if (scale_type == HB_SCALE_TYPE_K256)
+        return e->kind == HB_KIND_CODES && e->offset != HB_OFFSET_ZERO && (group == 16 || group == 32);
+    if (group % 32 && group != 4 && group != 8 && group != 16) return false;
+    return scale_type >= HB_SCALE_TYPE_F32 && scale_type <= HB_SCALE_TYPE_BF16;
 }
 
 static void fill_tables(const hb_encoding *e, hb_matrix *m) {
@@ -63,35 +67,38 @@ const char *hb_open_matrix(const hb_weight *w, hb_matrix *m) {
     if (!e || e->kind == HB_KIND_INDEX) return "a matrix has an encoding that this library does not know";
     m->e = e, m->encoding = w->encoding, m->rows = w->rows, m->cols = w->cols, m->group = w->group;
     m->scale_type = e->scaling == HB_SCALING_F16 ? HB_SCALE_TYPE_F16 : w->scale_type, m->codes = w->data;
-    const size_t panels = ceil_div(w->rows, 16), padded = align_up(w->cols, HB_COLUMN_PAD);
+    const uint64_t panels = ceil_div(w->rows, 16), padded = align_up(w->cols, HB_COLUMN_PAD);
     if (e->kind == HB_KIND_FLOAT) {
-        m->panel_codes = (size_t)w->cols * 16 * e->bits / 8;
-        return w->nbytes < panels * m->panel_codes ? "a matrix has too few bytes" : NULL;
+        const uint64_t panel = (uint64_t)w->cols * 16 * e->bits / 8;
+        m->panel_codes = (size_t)panel, m->nbytes = panels * panel;
+        return w->nbytes < m->nbytes ? "a matrix has too few bytes" : NULL;
     }
-    if (!parameters_are_known(e, w)) return "a matrix has a group or scales that this library does not know";
+    if (!hb_parameters_are_valid(e, w->group, w->scale_type))
+        return "a matrix has a group or scales that this library does not know";
     fill_tables(e, m);
     if (e->kind == HB_KIND_FLOAT8) m->values = w->encoding == HB_ENC_F8E4M3 ? e4m3 : e5m2;
     const bool sub7 = e->scaling == HB_SCALING_SUB7, two_level = !sub7 && w->scale_type == HB_SCALE_TYPE_K256;
-    const size_t scale = sub7 || two_level ? 1 : m->scale_type == HB_SCALE_TYPE_F32 ? 4 : 2;
+    const uint64_t scale = sub7 || two_level ? 1 : m->scale_type == HB_SCALE_TYPE_F32 ? 4 : 2;
     m->groups = w->group ? (uint32_t)ceil_div(w->cols, w->group) : 1;
     m->block = w->group && w->group < 32 ? w->group : 32;
     m->blocks = (uint32_t)ceil_div(w->cols, m->block);
     m->blocks_per_group = w->group ? w->group / m->block : m->blocks;
     m->groups_per_super = two_level ? HB_SUPER / w->group : 1;
-    m->panel_codes = padded * 16 * e->low_bits / 8;
-    m->panel_high = padded * 16 * e->high_bits / 8;
-    m->panel_scales = m->groups * 16 * scale;
-    m->panel_super = ceil_div(w->cols, HB_SUPER) * 16 * 2;
-    m->panel_zeros = (size_t)m->groups * 16;
-    size_t need = panels * m->panel_codes;
-    if (m->panel_high) m->high = take_plane(m, panels, m->panel_high, &need);
-    m->scales = take_plane(m, panels, m->panel_scales, &need);
-    if (two_level) m->super = take_plane(m, panels, m->panel_super, &need);
+    const uint64_t codes = padded * 16 * e->low_bits / 8, high = padded * 16 * e->high_bits / 8;
+    const uint64_t scales = m->groups * 16 * scale, super = ceil_div(w->cols, HB_SUPER) * 16 * 2;
+    const uint64_t zeros = (uint64_t)m->groups * 16;
+    m->panel_codes = (size_t)codes, m->panel_high = (size_t)high, m->panel_scales = (size_t)scales;
+    m->panel_super = (size_t)super, m->panel_zeros = (size_t)zeros;
+    uint64_t need = panels * codes;
+    if (high) m->high = take_plane(m, panels, high, &need);
+    m->scales = take_plane(m, panels, scales, &need);
+    if (two_level) m->super = take_plane(m, panels, super, &need);
     if (e->offset == HB_OFFSET_MIN) {
-        m->mins = take_plane(m, panels, m->panel_scales, &need);
-        if (two_level) m->supermin = take_plane(m, panels, m->panel_super, &need);
+        m->mins = take_plane(m, panels, scales, &need);
+        if (two_level) m->supermin = take_plane(m, panels, super, &need);
     }
-    if (e->offset == HB_OFFSET_ZERO) m->zeros = take_plane(m, panels, m->panel_zeros, &need);
+    if (e->offset == HB_OFFSET_ZERO) m->zeros = take_plane(m, panels, zeros, &need);
     if (sub7) m->row = take_plane(m, panels, 16, &need);
+    m->nbytes = need;
     return w->nbytes < need ? "a matrix has too few bytes" : NULL;
 }

@@ -4,7 +4,6 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stdlib.h>
 
 #include "cpu.h"
 
@@ -31,6 +30,7 @@ struct hb_pool {
     uint32_t count, chunk;
     int threads, spins;
     member *members;
+    hb_allocator allocator;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 };
@@ -92,22 +92,21 @@ static void *member_main(void *argument) {
     }
 }
 
-hb_pool *hb_pool_create(int threads) {
+size_t hb_pool_bytes(int threads) { return sizeof(hb_pool) + (size_t)threads * sizeof(member); }
+
+hb_pool *hb_pool_create_with(const hb_allocator *allocator, int threads) {
     if (threads < 1) threads = 1;
     if (threads > MAX_THREADS) threads = MAX_THREADS;
-    hb_pool *p = NULL;
-    if (posix_memalign((void **)&p, 64, sizeof *p)) return NULL;
+    hb_pool *p = hb_allocate(allocator, hb_pool_bytes(threads));
+    if (!p) return NULL;
+    p->allocator = *allocator;
     atomic_init(&p->state, 0);
     atomic_init(&p->next, 0);
     atomic_init(&p->sleepers, 0);
     atomic_init(&p->stop, false);
     p->threads = 1;
     p->spins = threads <= hb_cpu_count() ? 4000 : 1; /* with more threads than processors, spinning steals */
-    p->members = calloc((size_t)threads, sizeof *p->members);
-    if (!p->members) {
-        free(p);
-        return NULL;
-    }
+    p->members = (member *)(p + 1);
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     for (int i = 1; i < threads; i++) {
@@ -118,6 +117,11 @@ hb_pool *hb_pool_create(int threads) {
         p->threads = i + 1;
     }
     return p;
+}
+
+hb_pool *hb_pool_create(int threads) {
+    const hb_allocator heap = hb_allocator_of(NULL);
+    return hb_pool_create_with(&heap, threads);
 }
 
 int hb_pool_threads(const hb_pool *pool) { return pool->threads; }
@@ -131,8 +135,8 @@ void hb_pool_free(hb_pool *p) {
     for (int i = 1; i < p->threads; i++) pthread_join(p->members[i].thread, NULL);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->mutex);
-    free(p->members);
-    free(p);
+    const hb_allocator a = p->allocator;
+    hb_release(&a, p);
 }
 
 void hb_pool_run(hb_pool *p, hb_task *task, void *context, uint32_t count, uint32_t chunk) {

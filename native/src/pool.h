@@ -4,10 +4,16 @@
 
 #include <stdint.h>
 
-#include "halfbyte.h"
+#include "halfbyte_program.h"
+#include "memory.h"
 
 /* `worker` is below hb_pool_threads: it numbers the thread, for its scratch memory. */
 typedef void hb_task(void *context, uint32_t index, uint32_t worker);
+
+hb_pool *hb_pool_create_with(const hb_allocator *allocator, int threads);
+
+/* What such a pool allocates. */
+size_t hb_pool_bytes(int threads);
 
 /* Calls task for 0 <= index < count in any order; a thread takes up to `chunk` consecutive ones at a time,
  * fewer towards the end, so that a slow one holds the others up for a small part only (guided

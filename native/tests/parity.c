@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "halfbyte.h"
+#include "halfbyte_program.h"
 
 enum { MAX_ROWS = 256, MAX_ITEMS = 64, PAGE = 64 /* positions of a page of a cache */ };
 

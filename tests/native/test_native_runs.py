@@ -64,7 +64,7 @@ def test_a_thread_that_is_held_up_holds_up_nothing(tmp_path, flags):
     if not compiler:
         pytest.skip("no C compiler")
     native = ROOT / "native"
-    sources = [native / "tests" / "pool.c", native / "src" / "pool.c", native / "src" / "cpu.c"]
+    sources = [native / "tests" / "pool.c", *(native / "src" / f"{n}.c" for n in ("pool", "cpu", "memory"))]
     macros = ["-D_GNU_SOURCE", "-DHB_X86=0", "-DHB_ARM=0", "-DHB_AVXVNNI=0"]
     folders = [f"-I{native / part}" for part in ("include", "src", ".")]
     out = tmp_path / "pool"
