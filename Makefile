@@ -7,7 +7,7 @@ CC_FOUND := $(shell command -v cc 2>/dev/null || command -v gcc 2>/dev/null || c
 TYPING := build/typing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev native native-arm wheel-arm cross sanitize demo test test-arm lint format types bench generate clean
+.PHONY: help setup dev torch native native-arm wheel-arm cross sanitize demo test test-arm lint format types bench generate clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 setup: $(VENV)/.user ## install halfbyte into .venv (works without a C compiler)
 
 dev: $(VENV)/.dev ## the same with the tools for tests and linting
+
+torch: $(VENV)/.dev ## PyTorch into .venv, for the tests of the cuda backend and of training, which are skipped without it
+	$(BIN)/python -m pip install --quiet 'torch>=2.6'
 
 native: $(VENV)/.dev ## build the C library for development into build/native (needs a C compiler)
 ifeq ($(CC_FOUND),)

@@ -183,13 +183,38 @@ def encode(
     block: weights of one, about. importance float64[cols] weighs the columns where the encoding searches for scales.
     """
     rows, cols = t.shape
-    step = max(tiles.PANEL, block // cols // tiles.PANEL * tiles.PANEL)
+    whole = max(tiles.PANEL, t.storage.span)  # rows that are never apart
+    step = max(whole, block // cols // whole * whole)
+    top = (
+        _amax(t, weights, step)
+        if encodings.BY_NAME[t.storage.encoding].kind == "float8" and not t.storage.packed
+        else None
+    )
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         if t.storage.packed:
             each(start, _stacked([p for p in weights.stored(t, start, stop) if isinstance(p, Packed)], t))
         else:
-            each(start, _rounded(weights.rows(t, start, stop), t, importance))
+            w = weights.rows(t, start, stop)
+            each(start, _rounded(w, t, importance) if top is None else _rounded_float8(w, t, top[start:stop]))
+
+
+def _amax(t: Matrix, weights: Weights, step: int) -> np.ndarray:
+    """What decides every scale of a matrix of 8-bit floats, float32[rows, groups]: a pass over its weights."""
+    from halfbyte.converter.quantizers import float8
+
+    s, rows = t.storage, t.shape[0]
+    parts = [
+        float8.amax(weights.rows(t, a, min(a + step, rows)), s.group, s.span) for a in range(0, rows, step)
+    ]
+    top = np.concatenate(parts)
+    return top if s.span else np.broadcast_to(top.max(axis=0), top.shape)
+
+
+def _rounded_float8(w: np.ndarray, t: Matrix, top: np.ndarray) -> Planes:
+    from halfbyte.converter.quantizers import float8
+
+    return dict(zip(("codes", "scales"), float8.quantize(w, t.storage.encoding, t.storage.group, top)))
 
 
 def _packed(planes: Planes, bits: int) -> Planes:

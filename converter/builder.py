@@ -157,7 +157,7 @@ class Builder:
         key = tuple(sources)
         if key not in self._index:
             self._index[key] = len(self.tensors)
-            self.tensors.append(Matrix(label, key, (total, cols), self._storage(sources[0])))
+            self.tensors.append(Matrix(label, key, (total, cols), self._storage(sources[0]).of_width(cols)))
             self.used.update(sources)
         return self._index[key]
 

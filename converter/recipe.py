@@ -7,10 +7,11 @@ rounded a second time. With a + the output matrix gets more (`head`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfbyte.formats.encodings import BY_NAME, parameters_are_valid
 from halfbyte.formats.errors import UsageError
+from halfbyte.formats.tiles import COLUMN_PAD, align
 
 RECIPES = {
     "f32": "IEEE single precision",
@@ -24,6 +25,10 @@ RECIPES = {
     "q3+": "q3, likewise",
     "q3": "3-bit non-linear levels, groups of 32: 3.25 bits",
     "q2": "2-bit non-linear levels, groups of 32: 2.25 bits",
+    "f8": "8-bit floats E4M3, a scale a row",
+    "f8-block": "the same with a scale for 128 by 128 weights",
+    "f8-tensor": "the same with one scale a matrix",
+    "f8e5m2": "8-bit floats E5M2, a scale a row",
     "keep": "codes and floats as they arrived",
 }
 
@@ -42,12 +47,29 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Storage:
-    """How one matrix is stored. `packed` is True when its codes are copied rather than computed."""
+    """How one matrix is stored. `packed` is True when its codes are copied rather than computed.
+
+    span: rows that share the scales of a group, 0 for all; the file repeats them.
+    """
 
     encoding: str
     group: int = 0
     scale_type: str = ""
     packed: bool = False
+    span: int = 1
+
+    def of_width(self, cols: int) -> Storage:
+        """The same for a matrix of so many columns: groups that are wider become the whole row."""
+        return replace(self, group=0) if self.group > align(cols, COLUMN_PAD) else self
+
+
+# Recipes that say more than the name of an encoding.
+STORAGES = {
+    "f8": Storage("f8e4m3", 0, "f32"),
+    "f8-block": Storage("f8e4m3", 128, "f32", span=128),
+    "f8-tensor": Storage("f8e4m3", 0, "f32", span=0),
+    "f8e5m2": Storage("f8e5m2", 0, "f32"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,14 +82,15 @@ class Recipe:
         """Storage of a matrix held as `dtype` ('f32', 'bf16', 'q8', 'i4', ...; group and scale type if packed)."""
         source = BY_NAME.get("f32" if dtype == "f64" else dtype)
         assert source is not None, dtype
+        wanted = STORAGES.get(self.name) or Storage(self.name)
         if source.is_float:
-            return Storage(source.name if self.name == "keep" else self.name)
+            return Storage(source.name) if self.name == "keep" else wanted
         kept = Storage(source.name, group, scale_type, packed=True)
         if self.name == "keep":
             return kept
-        target = BY_NAME[self.name]
+        target = BY_NAME[wanted.encoding]
         narrow = source.is_integer and not target.is_float and source.bits <= target.bits
-        return kept if narrow and parameters_are_valid(source, group, scale_type) else Storage(self.name)
+        return kept if narrow and parameters_are_valid(source, group, scale_type) else wanted
 
 
 def head(storage: Storage) -> Storage:

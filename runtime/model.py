@@ -17,7 +17,7 @@ from halfbyte.formats.container import File
 from halfbyte.formats.errors import KvWarning, TokenizerError, UsageError
 from halfbyte.formats.tiles import P16
 from halfbyte.runtime.backends import backend_class
-from halfbyte.runtime.backends.backend import POLICIES, Step
+from halfbyte.runtime.backends.backend import Step
 from halfbyte.runtime.kv import KV
 from halfbyte.runtime.library import find
 
@@ -38,10 +38,11 @@ def load(
 ) -> Model:
     """Open a `.hb` file, or a pulled model by its name, and bind it.
 
-    backend: 'native', 'jit' or 'reference' (default: the best available). threads: default all CPUs
-    this process may use. kv: a mode of `formats.kv_modes`, or 'auto': f32 for models stored in f32 and
-    under policy f32, else what `formats.kv_gate` picks by what was measured. policy: 'f32' or 'i8g32'
-    (default), see SPEC.md section 10. verify: check every byte first.
+    backend: 'native', 'jit', 'reference' or 'cuda' (default: the best available of the first three).
+    threads: default all CPUs this process may use. kv: a mode of `formats.kv_modes`, or 'auto': f32 for
+    models stored in f32 and under policy f32, else what `formats.kv_gate` picks by what was measured.
+    policy: 'f32' or 'i8g32' (default), and with reference and cuda 'bf16' or 'f8', see SPEC.md section
+    10. verify: check every byte first.
 
     Raises FormatError for a damaged file, UsageError for an impossible request.
     """
@@ -66,8 +67,6 @@ class Model:
     ):
         self.file = file
         self.policy = policy or "i8g32"
-        if self.policy not in POLICIES:
-            raise UsageError(f"unknown arithmetic policy {policy!r}; there are {', '.join(POLICIES)}")
         chosen = "f32" if self.policy == "f32" else kv_gate.automatic(file)
         self.kv_mode = kv if kv != "auto" else chosen
         kv_modes.by_cache(self.kv_mode, len(file.caches))
@@ -107,7 +106,7 @@ class Model:
 
     def new_kv(self, mode: str | None = None) -> KV:
         """Empty caches, by default in this model's mode."""
-        return KV(self.file.caches, mode or self.kv_mode)
+        return self.backend.new_kv(mode or self.kv_mode)
 
     @property
     def has_tokenizer(self) -> bool:

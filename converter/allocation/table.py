@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from halfbyte.converter.builder import Builder, Matrix
-from halfbyte.converter.recipe import RECIPES, Storage, check_method, head
+from halfbyte.converter.recipe import RECIPES, STORAGES, Storage, check_method, head
 from halfbyte.formats import tiles
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import UsageError
 from halfbyte.formats.ops import BY_NAME as BY_OP
 
-ENCODINGS = tuple(n for n in RECIPES if not n.endswith("+"))
+ENCODINGS = tuple(n for n in RECIPES if not n.endswith("+") and n not in STORAGES)
 KEEP = "keep"  # codes that arrived quantised stay as they are
 
 

@@ -1,4 +1,4 @@
-"""Backends: `reference` (the law), `jit` (Numba), `native` (C). One module a backend, its class named alike."""
+"""Backends: `reference` (the law), `jit` (Numba), `native` (C), `cuda` (PyTorch). One module and class each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import importlib
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.backends.backend import Backend
 
-# In order of preference: the first that is available on this machine is the default.
-BACKENDS: dict[str, str] = {"native": "Native", "jit": "Jit", "reference": "Reference"}
+# In order of preference: the first that is available on this machine is the default; cuda is for those who ask.
+BACKENDS: dict[str, str] = {"native": "Native", "jit": "Jit", "reference": "Reference", "cuda": "Cuda"}
 
 
 def backend_class(name: str | None = None) -> type[Backend]:

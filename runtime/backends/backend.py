@@ -24,7 +24,9 @@ from halfbyte.runtime.kv import KV
 
 # Arithmetic policies: f32 computes with dequantised weights; i8g32 rounds the activations that meet
 # integer-coded weights to int8 per 32 columns and uses integer dot products (SPEC.md section 10).
+# Every backend has these two; bf16 and f8 are what GPUs multiply fast.
 POLICIES = ("f32", "i8g32")
+GPU_POLICIES = ("bf16", "f8")
 
 
 @dataclass
@@ -52,10 +54,13 @@ class Backend(ABC):
     """Executes one file's program under one policy. Not thread-safe: the model serialises steps."""
 
     name = ""
+    policies: tuple[str, ...] = POLICIES
 
     def __init__(self, file: File, policy: str = "i8g32", threads: int | None = None):
-        if policy not in POLICIES:
-            raise UsageError(f"unknown arithmetic policy {policy!r}; there are {', '.join(POLICIES)}")
+        if policy not in self.policies:
+            raise UsageError(
+                f"unknown arithmetic policy {policy!r}; the {self.name} backend has {', '.join(self.policies)}"
+            )
         self.file, self.policy = file, policy
         self.threads = threads or available_cpus()
         self.arena = Arena(file.slots, 1, 1)
@@ -69,6 +74,10 @@ class Backend(ABC):
     @abstractmethod
     def run_range(self, step: Step, first: int, last: int) -> None:
         """Execute records first <= i < last on the arena; `begin` was called for this step."""
+
+    def new_kv(self, mode: str) -> KV:
+        """Empty caches for a session."""
+        return KV(self.file.caches, mode)
 
     def begin(self, step: Step) -> None:
         """Make the arena large enough for the step. Growing drops the contents."""

@@ -14,10 +14,11 @@ from halfbyte.formats import encodings
 from halfbyte.formats.container import Tensor
 from halfbyte.formats.ops import BY_CODE, FUNCTION_NAMES
 from halfbyte.formats.program import bits_f32
-from halfbyte.runtime.backends.backend import Backend, Step, operands
+from halfbyte.runtime.backends.backend import GPU_POLICIES, POLICIES, Backend, Step, operands
 
 F32 = np.float32
 QUANT_GROUP = 32  # columns that share an activation scale
+F8_MAX = 448.0  # of E4M3
 TINY = F32(2.0**-100)  # activations below this are zero: 127 / amax would overflow
 
 
@@ -77,6 +78,26 @@ def linear_i8g32(x: np.ndarray, codes: dict[str, np.ndarray], tensor: Tensor) ->
     return y
 
 
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """float32 -> the nearest bf16, ties to even, as float32."""
+    return encodings.bits_to_float(encodings.float_to_bits(x, "bf16"), "bf16")
+
+
+def round_f8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32[n, K] -> (values of E4M3, ties to even, float32[n] scales amax / 448), 1 where a row is zero."""
+    from ml_dtypes import float8_e4m3fn
+
+    amax = np.abs(x).max(axis=1, initial=0).astype(F32)
+    scale = np.where(amax >= TINY, amax / F32(F8_MAX), F32(1)).astype(F32)
+    return (x / scale[:, None]).astype(float8_e4m3fn).astype(F32), scale
+
+
+def linear_f8(x: np.ndarray, w: np.ndarray, w_scale: np.ndarray) -> np.ndarray:
+    """float32[T, K] by values of E4M3 [rows, K] with scales [rows]: SPEC.md 10.7."""
+    q, scale = round_f8(x)
+    return round_bf16(linear_f32(q, w) * scale[:, None] * w_scale[None])
+
+
 def apply_function(name: str, x: np.ndarray, p: float = 0.0) -> np.ndarray:
     """The functions of UNARY and GLU on float32 (computed in float64, rounded once)."""
     from math import erf
@@ -108,6 +129,7 @@ class Reference(Backend):
     """Runs a program by the definitions below."""
 
     name = "reference"
+    policies = POLICIES + GPU_POLICIES
     _CACHE_BYTES = 1 << 24  # decoded tensors up to this size are kept
 
     def bind(self) -> None:
@@ -133,11 +155,22 @@ class Reference(Backend):
     def _memo(self, i: int, what: str) -> Any:
         key, t = (i, what), self.file.tensors[i]
         if key not in self._decoded:
-            value = self.file.dequantize(t) if what == "values" else self.file.codes(t)
+            value: Any
+            if what == "codes":
+                value = self.file.codes(t)
+            else:
+                value = self.file.dequantize(t) if what == "values" else self._as_f8(t)
             if t.nbytes > self._CACHE_BYTES:
                 return value
             self._decoded[key] = value
         return self._decoded[key]
+
+    def _as_f8(self, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        if t.encoding != "f8e4m3" or t.group:
+            return round_f8(self.file.dequantize(t))
+        planes = self.file.codes(t)
+        levels = np.asarray(encodings.BY_NAME["f8e4m3"].levels, F32)
+        return levels[planes["codes"]], encodings.bits_to_float(planes["scales"][:, 0], t.scale_type)
 
     def _weight(self, i: int | None) -> np.ndarray | None:
         return None if i is None else self._memo(i, "values")
@@ -174,7 +207,11 @@ class Reference(Backend):
     def linear(self, step: Step, x: np.ndarray, matrix: int, bias: int | None) -> np.ndarray:
         """y = x @ matrix^T + bias, under the policy."""
         t = self.file.tensors[matrix]
-        if self.policy == "f32" or not encodings.BY_NAME[t.encoding].is_integer:
+        if self.policy == "bf16":
+            y = round_bf16(linear_f32(round_bf16(x), round_bf16(self._memo(matrix, "values"))))
+        elif self.policy == "f8":
+            y = linear_f8(x, *self._memo(matrix, "f8"))
+        elif self.policy == "f32" or not encodings.BY_NAME[t.encoding].is_integer:
             y = linear_f32(x, self._memo(matrix, "values"))
         else:
             y = linear_i8g32(x, self._memo(matrix, "codes"), t)

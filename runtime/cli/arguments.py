@@ -62,7 +62,7 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
 def add_backend(parser: argparse.ArgumentParser, *threads: str) -> None:
     """--backend and --threads (with further spellings of it)."""
     parser.add_argument(
-        "--backend", metavar="NAME", help="native, jit or reference (default: the best one here)"
+        "--backend", metavar="NAME", help="native, jit, reference or cuda (default: the best one here)"
     )
     parser.add_argument(
         *threads,
@@ -85,7 +85,11 @@ def add_kv(parser: argparse.ArgumentParser) -> None:
 
 def add_policy(parser: argparse.ArgumentParser, default: str) -> None:
     """--policy"""
-    parser.add_argument("--policy", metavar="NAME", help=f"arithmetic: f32 or i8g32 (default: {default})")
+    parser.add_argument(
+        "--policy",
+        metavar="NAME",
+        help=f"arithmetic: f32 or i8g32; reference and cuda also bf16, f8 (default: {default})",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `check`."""
     add_file(parser)
     add_backend(parser)
-    add_policy(parser, "both")
+    add_policy(parser, "all")
     parser.add_argument(
         "--kv", default="f32", metavar="MODE", help="of the caches that are compared (default: f32)"
     )
@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Digests first: comparing damaged weights would say nothing."""
     from halfbyte.formats.container import File
     from halfbyte.runtime.backends import backend_class
-    from halfbyte.runtime.backends.backend import POLICIES
     from halfbyte.runtime.lockstep import lockstep
 
-    backend = backend_class(args.backend).name
+    kind = backend_class(args.backend)
+    backend = kind.name
     file = File(args.file)
     total, done = sum(t.nbytes for t in file.tensors), 0
     with Progress("verifying") as progress:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
         file.verify(verified)
     outcomes = []
-    for policy in POLICIES if args.policy is None else (args.policy,):
+    for policy in kind.policies if args.policy is None else (args.policy,):
         with Progress(f"{backend} under {policy}") as progress:
             found = lockstep(file, backend, policy, threads=args.threads, progress=progress, kv=args.kv)
         outcomes += [{"policy": policy, **outcome.as_dict()} for outcome in found]

@@ -1,6 +1,7 @@
 """From weights to the file under each recipe: quantised by the method; and what arrived quantised is kept exactly."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,18 @@ from tiny import load_case
 
 import halfbyte
 from halfbyte.converter import models
-from halfbyte.converter.assemble import assemble
-from halfbyte.converter.builder import Builder
+from halfbyte.converter.assemble import assemble, encode
+from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.checkpoints.checkpoint import Checkpoint, Packed
 from halfbyte.converter.quantizers import rtn
-from halfbyte.converter.recipe import HEAD, RECIPES, Storage, head, recipe
+from halfbyte.converter.quantizers.float8 import LARGEST
+from halfbyte.converter.recipe import HEAD, RECIPES, STORAGES, Storage, head, recipe
+from halfbyte.converter.weights import Weights
 from halfbyte.formats import encodings, tiles
 from halfbyte.formats.container import File
 from halfbyte.formats.encodings import MATRIX_ENCODINGS, parameters_are_valid
 from halfbyte.formats.errors import CheckpointError, UsageError
+from halfbyte.runtime.backends import native
 from halfbyte.runtime.model import weight_facts
 
 FAMILY = [e.name for e in MATRIX_ENCODINGS if e.row_scale]
@@ -197,6 +201,53 @@ def test_take_and_scale_type() -> None:
 
 def test_unknown_recipe() -> None:
     """One line that lists what there is."""
-    with pytest.raises(UsageError, match=r"unknown recipe 'q7'; there are f32, .*q2, keep"):
+    with pytest.raises(UsageError, match=r"unknown recipe 'q7'; there are f32, .*q2, .*keep"):
         recipe("q7")
     assert set(FAMILY) < set(RECIPES)
+
+
+@pytest.mark.parametrize("name", sorted(STORAGES))
+@pytest.mark.parametrize("block", [1 << 12, 1 << 24])
+def test_8_bit_float_recipes(name: str, block: int, tmp_path: Path) -> None:
+    """Scales are shared as the recipe says; the largest weight becomes the largest value; all are at their nearest."""
+    rng = np.random.default_rng(1)
+    w = (rng.normal(size=(300, 288)) * 10.0 ** rng.integers(-3, 2, (300, 1))).astype(np.float32)
+    w[40] = 0
+    s = STORAGES[name].of_width(288)
+    found: list[dict[str, np.ndarray]] = []
+    source = SimpleNamespace(
+        shape=lambda name: w.shape, read_rows=lambda name, a, z: w[a:z], dtype=lambda name: "f32"
+    )
+    weights = Weights(SimpleNamespace(checkpoint=source))  # type: ignore[arg-type]
+    encode(Matrix("w", ("w",), w.shape, s), weights, lambda row, p: found.append(p), block=block)
+    codes, scales = (np.concatenate([p[k] for p in found]) for k in ("codes", "scales"))
+    assert block > w.size or len(found) > 1
+    levels = np.asarray(encodings.BY_NAME[s.encoding].levels, np.float32)
+    width, span = s.group or 288, s.span or 300
+    for a in range(0, 300, span):
+        for g in range(scales.shape[1]):
+            part = np.abs(w[a : a + span, g * width : (g + 1) * width])
+            assert np.unique(scales[a : a + span, g]).size == 1
+            assert scales[a, g] == np.float32(part.max() / np.float32(LARGEST[s.encoding]))
+    by_column = np.repeat(scales, width, axis=1)[:, :288]
+    finite = np.sort(levels[np.isfinite(levels)].astype(np.float64))
+    ratio = w.astype(np.float64) / np.where(by_column > 0, by_column, 1)
+    got = levels[codes].astype(np.float64)
+    at = np.clip(np.searchsorted(finite, ratio), 1, len(finite) - 1)
+    best = np.minimum(np.abs(ratio - finite[at - 1]), np.abs(ratio - finite[at]))
+    assert (np.abs(ratio - got) <= best * (1 + 1e-6) + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", sorted(STORAGES))
+def test_8_bit_float_files_run(name: str, tmp_path: Path) -> None:
+    case = load_case("llama-plain")
+    case.write_folder(tmp_path / "c")
+    file = File(halfbyte.convert(tmp_path / "c", tmp_path / "m.hb", recipe=name, proof=False))
+    file.verify()
+    assert {t.encoding for t in file.tensors if t.tile == tiles.P16} == {STORAGES[name].encoding}
+    want = halfbyte.load(file.path, backend="reference", kv="f32").session().feed_all(case.ids[:8])
+    for backend in ("jit", "native"):
+        if backend == "native" and native.library_path() is None:
+            continue
+        got = halfbyte.load(file.path, backend=backend, kv="f32").session().feed_all(case.ids[:8])
+        assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()

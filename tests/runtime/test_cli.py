@@ -198,7 +198,7 @@ def test_explain(file, capsys):
 def test_check(file, capsys):
     found = json.loads(quiet(capsys, "check", file, "--json", *REFERENCE))
     assert found["ok"] is True and found["backend"] == "reference"
-    assert {o["policy"] for o in found["outcomes"]} == {"f32", "i8g32"}
+    assert {o["policy"] for o in found["outcomes"]} == {"f32", "i8g32", "bf16", "f8"}
     assert {o["op"] for o in found["outcomes"]} >= {"embed", "linear", "attend", "rope", "kv_put"}
     text = quiet(capsys, "check", file, "--policy", "f32", *REFERENCE)
     assert "all digests match" in text and "i8g32" not in text and "WRONG" not in text
