@@ -2,7 +2,7 @@
 
 Every target is compiled and linked, into build/cross/<target>. Android is linked against stubs of its C library
 (native/cmake/bionic.txt), since neither its headers nor its libraries are here: that proves the names, not a run.
-Windows is not among them: native/src allocates with posix_memalign, which it lacks.
+For WebAssembly the example `generate` is linked with the library, as a module for any WASI engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ TARGETS = (
     "aarch64-linux-android",
     "aarch64-macos",
     "x86_64-macos",
+    "x86_64-windows-gnu",
+    "wasm32-wasi",
 )
+LIBRARIES = ("libhalfbyte.so", "libhalfbyte.dylib", "libhalfbyte.dll", "generate.wasm")
 
 
 def build(target: str, folder: Path, *options: str, what: str = "halfbyte") -> Path:
@@ -47,12 +50,14 @@ def main(targets: list[str]) -> int:
     failed = 0
     for target in targets or TARGETS:
         try:
-            folder = build(target, FOLDER / target)
+            wasm = target.startswith("wasm")
+            options = ["-DHALFBYTE_STATIC=ON"] if wasm else []
+            folder = build(target, FOLDER / target, *options, what="generate" if wasm else "halfbyte")
         except RuntimeError as error:
             print(f"{target}: failed\n{error}")
             failed += 1
         else:
-            (library,) = (p for p in folder.iterdir() if p.name in ("libhalfbyte.so", "libhalfbyte.dylib"))
+            (library,) = (p for p in folder.iterdir() if p.name in LIBRARIES)
             print(f"{target}: {library}, {library.stat().st_size >> 10} KiB", flush=True)
     return min(failed, 1)
 

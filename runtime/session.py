@@ -103,11 +103,21 @@ class Session:
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ids and pages, as they are stored, to a file that only the same model can load.
+        """Write `encode` to a file that only the same model can load.
 
         Written aside and renamed. Raises HalfbyteError when it cannot be written.
         """
         path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            partial.write_bytes(self.encode())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise HalfbyteError(f"{path}: cannot write: {error.strerror}") from None
+
+    def encode(self) -> bytes:
+        """Ids and pages, as they are stored, and a SHA-256 of them all at the end."""
         body, mode = io.BytesIO(), self.kv.mode.encode()
         body.write(_HEAD.pack(_MAGIC, self.model.file.digest, _VERSION, self.position, len(mode)) + mode)
         body.write(np.asarray(self.ids, "<i4").tobytes())
@@ -118,13 +128,7 @@ class Session:
                 assert page is not None
                 body.write(page.cleared(max(0, self.position - i * PAGE)))
         data = body.getvalue()
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            partial.write_bytes(data + sha256(data))
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise HalfbyteError(f"{path}: cannot write: {error.strerror}") from None
+        return data + sha256(data)
 
     @classmethod
     def load(cls, model: Model, path: str | os.PathLike[str]) -> Session:

@@ -7,11 +7,20 @@ list(GET halfbyte_triple 1 halfbyte_system)
 set(CMAKE_SYSTEM_NAME Linux)
 if(halfbyte_system STREQUAL "macos")
   set(CMAKE_SYSTEM_NAME Darwin)
+elseif(halfbyte_system STREQUAL "windows")
+  set(CMAKE_SYSTEM_NAME Windows)
+elseif(halfbyte_system STREQUAL "wasi")
+  set(CMAKE_SYSTEM_NAME Generic)
+  set(CMAKE_EXECUTABLE_SUFFIX_C .wasm)
 endif()
 set(CMAKE_C_COMPILER "${HALFBYTE_ZIG}" cc -target ${HALFBYTE_TARGET})
 # Zig adds debug information and checks unless told otherwise.
 set(CMAKE_C_FLAGS_INIT "-g0 -fno-sanitize=undefined")
 set(CMAKE_SHARED_LINKER_FLAGS_INIT "-Wl,-s")
+if(halfbyte_system STREQUAL "wasi") # 128-bit vectors, which every engine has had since 2021
+  string(APPEND CMAKE_C_FLAGS_INIT " -msimd128")
+  set(CMAKE_EXE_LINKER_FLAGS_INIT "-s")
+endif()
 
 # Android without its NDK: the headers are musl's, which declare what bionic has, and the libraries to link
 # with are made from the list of the names that bionic exports, so that any other is an error of the linker.

@@ -1,11 +1,42 @@
 #include "pool.h"
 
-#include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
 #include "cpu.h"
+#include "lock.h"
+
+#if !HB_THREADS /* one thread, the caller's */
+
+struct hb_pool {
+    hb_allocator allocator;
+};
+
+size_t hb_pool_bytes(int threads) { return (void)threads, sizeof(hb_pool); }
+
+hb_pool *hb_pool_create_with(const hb_allocator *allocator, int threads) {
+    hb_pool *p = hb_allocate(allocator, hb_pool_bytes(threads));
+    if (p) p->allocator = *allocator;
+    return p;
+}
+
+int hb_pool_threads(const hb_pool *pool) { return (void)pool, 1; }
+
+void hb_pool_free(hb_pool *p) {
+    if (!p) return;
+    const hb_allocator a = p->allocator;
+    hb_release(&a, p);
+}
+
+void hb_pool_run(hb_pool *p, hb_task *task, void *context, uint32_t count, uint32_t chunk) {
+    (void)p, (void)chunk;
+    for (uint32_t i = 0; i < count; i++) task(context, i, 0);
+}
+
+#else
+
+#include <pthread.h>
+#include <sched.h>
 
 /* `state` is one word: the low 16 bits count the workers inside the loop, bit 16 says that it is open, and
  * the rest numbers it. A worker enters by compare-and-swap while the loop is open, so the caller, once it has
@@ -119,11 +150,6 @@ hb_pool *hb_pool_create_with(const hb_allocator *allocator, int threads) {
     return p;
 }
 
-hb_pool *hb_pool_create(int threads) {
-    const hb_allocator heap = hb_allocator_of(NULL);
-    return hb_pool_create_with(&heap, threads);
-}
-
 int hb_pool_threads(const hb_pool *pool) { return pool->threads; }
 
 void hb_pool_free(hb_pool *p) {
@@ -165,4 +191,11 @@ void hb_pool_run(hb_pool *p, hb_task *task, void *context, uint32_t count, uint3
         else
             sched_yield();
     }
+}
+
+#endif
+
+hb_pool *hb_pool_create(int threads) {
+    const hb_allocator heap = hb_allocator_of(NULL);
+    return hb_pool_create_with(&heap, threads);
 }

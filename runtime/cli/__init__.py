@@ -26,7 +26,7 @@ from halfbyte.runtime.library import find
 COMMANDS = (
     *("pull", "list", "rm", "convert", "report"),
     *("run", "chat", "serve"),
-    *("info", "explain", "check", "parity", "eval", "kv", "bench", "fit", "demo", "doctor"),
+    *("info", "explain", "check", "parity", "replay", "eval", "kv", "bench", "fit", "demo", "doctor"),
 )
 ERROR, BUG = 2, 70
 

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_draft(parser)
     parser.add_argument(
+        "--log",
+        metavar="FILE",
+        help="append the answer, with all that `halfbyte replay` needs to give it again",
+    )
+    parser.add_argument(
         "--raw",
         action="store_true",
         help="continue the prompt as it is: no chat template, special tokens recognised",
@@ -77,7 +82,12 @@ def run(args: argparse.Namespace) -> int:
         prompt = read_prompt() if args.prompt in (None, "-") else args.prompt
         ids = prompt_ids(model, prompt, args.raw)
     draft = None if args.draft is None else load(args.draft, args.backend, args.threads, args.kv, args.policy)
-    stream(start(model, ids, args, draft))
+    generation = start(model, ids, args, draft)
+    text = stream(generation)
+    if args.log:
+        from halfbyte.runtime import replay
+
+        replay.append(args.log, replay.describe(generation, text))
     return 0
 
 
@@ -103,21 +113,22 @@ def start(model: Model, ids: list[int], args: argparse.Namespace, draft: Model |
     )
 
 
-def stream(generation: Generation) -> None:
-    """Print pieces as they come, end the line, then say the speed on stderr."""
-    last = ""
+def stream(generation: Generation) -> str:
+    """Print pieces as they come, end the line, then say the speed on stderr; the text."""
+    text = list[str]()
     try:
         for piece in generation:
             sys.stdout.write(piece)
             sys.stdout.flush()
-            last = piece
+            text.append(piece)
     except KeyboardInterrupt:
         print(flush=True)  # the message about it starts a line of its own
         raise
-    if not last.endswith("\n"):
+    if not text or not text[-1].endswith("\n"):
         print(flush=True)
     full = " (the context is full)" if generation.finish_reason == "context" else ""
     print(f"{generation.speed()}{full}", file=sys.stderr)
+    return "".join(text)
 
 
 def read_prompt() -> str:
