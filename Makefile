@@ -7,7 +7,7 @@ CC_FOUND := $(shell command -v cc 2>/dev/null || command -v gcc 2>/dev/null || c
 TYPING := build/typing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev torch native native-arm wheel-arm cross sanitize demo test test-arm lint format types bench generate clean
+.PHONY: help setup dev torch fuzz native native-arm wheel-arm cross sanitize demo test test-arm lint format types bench generate clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -60,6 +60,10 @@ cross: $(VENV)/.dev ## the C library for musl, Android and macOS into build/cros
 
 sanitize: dev native ## the C library under address, undefined-behaviour and thread sanitizers
 	HALFBYTE_SANITIZE=1 $(BIN)/python -m pytest -ra tests/native/test_native_sanitizers.py
+
+SECONDS ?= 60
+fuzz: dev ## the C library against hostile files and sessions for SECONDS each (needs clang with libFuzzer)
+	$(BIN)/python native/fuzz/run.py $(SECONDS)
 
 demo: setup ## convert the embedded story model, verify it, tell a story
 	@$(BIN)/halfbyte demo
