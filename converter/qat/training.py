@@ -37,14 +37,15 @@ Progress = Callable[[str, int, int], None]
 class Result:
     """What a file is made of, and how training went.
 
-    planes, vectors: by tensor number, at the step with the lowest held-out nll. curve: loss of every step (nats a
-    token); measured: (step, held-out nll, held-out KL).
+    planes, vectors: by tensor number, at the step with the lowest held-out loss, which with KL as the loss is a far
+    less noisy measure than the nll. curve: loss of every step (nats a token); measured: (step, held-out nll, KL).
     """
 
     planes: dict[int, Planes] = field(default_factory=dict)
     vectors: dict[int, np.ndarray] = field(default_factory=dict)
     step: int = 0
     nll: float = math.inf
+    loss: float = math.inf
     curve: list[float] = field(default_factory=list)
     measured: list[tuple[int, float, float]] = field(default_factory=list)
 
@@ -129,8 +130,9 @@ class Trainer:
         if not math.isfinite(nll):
             raise HalfbyteError(f"training diverged at step {self.at}: the output is not finite; lower --lr")
         self.result.measured.append((self.at, float(nll), float(kl)))
-        if nll < self.result.nll:
-            self.result.nll, self.result.step = float(nll), self.at
+        loss = float(kl + self.o.ce * nll)
+        if loss < self.result.loss:
+            self.result.loss, self.result.nll, self.result.step = loss, float(nll), self.at
             self.result.planes = {i: m.planes() for i, m in self.student.quantizers().items()}
             self.result.vectors = {int(i): v.detach().numpy().copy() for i, v in self.student.vectors.items()}
 
@@ -159,6 +161,7 @@ class Trainer:
             "best": {
                 "step": r.step,
                 "nll": r.nll,
+                "loss": r.loss,
                 "planes": {i: {k: torch.from_numpy(a) for k, a in p.items()} for i, p in r.planes.items()},
                 "vectors": {i: torch.from_numpy(v) for i, v in r.vectors.items()},
             },
@@ -188,6 +191,7 @@ class Trainer:
                 {i: v.numpy() for i, v in best["vectors"].items()},
                 best["step"],
                 best["nll"],
+                best["loss"],
                 state["curve"],
                 [(int(s), nll, kl) for s, nll, kl in state["measured"]],
             )
