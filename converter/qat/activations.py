@@ -1,4 +1,4 @@
-"""Fake-quantised activations, keys and values: rounded forward as the runtime rounds them, straight through backward."""
+"""Fake-quantised activations, keys and values: rounded forward as the runtime does, straight through backward."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ def round_activations(x: Tensor) -> Tensor:
 
 
 def round_cache(x: Tensor, mode: Mode, values: bool) -> Tensor:
-    """Keys, or `values`, float32[batch, heads, T, n] of positions 0 .. T - 1 as a cache of that mode gives them back."""
+    """Keys, or `values`, float32[batch, heads, T, n] of positions 0 to T - 1, as read from a cache of that mode."""
     with torch.no_grad():
-        parts = [_stored(x[:, :, at : at + PAGE], mode.at(at // PAGE)[values]) for at in range(0, x.shape[2], PAGE)]
+        parts = [
+            _stored(x[:, :, at : at + PAGE], mode.at(at // PAGE)[values]) for at in range(0, x.shape[2], PAGE)
+        ]
     return straight_through(x, torch.cat(parts, dim=2))
 
 

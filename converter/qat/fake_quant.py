@@ -34,7 +34,9 @@ Planes = dict[str, np.ndarray]
 
 STRETCH = 0.99  # of half a step, ParetoQ's clipping at .99
 STRETCHED_BITS = 2  # encodings of up to so many bits are trained by SEQ
-TERNARY_RATIOS = np.linspace(0.3, 1.0, 29)  # scales of a ternary group to choose from, as multiples of its largest value
+TERNARY_RATIOS = np.linspace(
+    0.3, 1.0, 29
+)  # scales of a ternary group to choose from, as multiples of its largest value
 LEAST, MOST = 2.0**-24, 65504.0  # float16
 
 
@@ -42,7 +44,9 @@ class _Round(torch.autograd.Function):
     """(w, s) -> w_hat as the module's docstring says; everything is [rows, groups, width] or [rows, groups, 1]."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, s: Tensor, stored: Tensor, level: Tensor, ends: Tensor, q: float) -> Tensor:
+    def forward(
+        ctx: Any, w: Tensor, s: Tensor, stored: Tensor, level: Tensor, ends: Tensor, q: float
+    ) -> Tensor:
         """stored: s as the format has it; level: chosen, with shift; ends [2, rows, groups, 1] of x."""
         x = w / torch.where(stored == 0, torch.ones_like(stored), stored)
         inside = (x >= ends[0]) & (x <= ends[1])
@@ -72,7 +76,9 @@ class FakeQuant(nn.Module):
         self.rows, self.cols = weight.shape
         self.width = e.group or group or self.cols
         self.ternary = encoding == "i2"
-        planes = ternary(weight, self.width) if self.ternary else _planes.nearest(weight, encoding, self.width)
+        planes = (
+            ternary(weight, self.width) if self.ternary else _planes.nearest(weight, encoding, self.width)
+        )
         levels, codes = _planes._table(encoding)
         if self.ternary:
             levels, codes = levels[1:], codes[1:]
@@ -181,7 +187,9 @@ class FakeQuant(nn.Module):
         self.often.mul_(1 - momentum).add_(back.float(), alpha=momentum)
         self.average.mul_(1 - momentum).add_(self.choice.float(), alpha=momentum)
         stops = (self.often > threshold) & ~self.frozen
-        self.held.copy_(torch.where(stops, torch.round(self.average).to(torch.int16), self.choice.to(torch.int16)))
+        self.held.copy_(
+            torch.where(stops, torch.round(self.average).to(torch.int16), self.choice.to(torch.int16))
+        )
         self.frozen |= stops
 
     # ---- the result -----------------------------------------------------------------------------
@@ -200,7 +208,9 @@ class FakeQuant(nn.Module):
         _, stored, _ = self.scale()
         out = {"codes": self.code_of[choice].astype(self.code_type)}
         if self.sub7:
-            out["scales"] = ((self.odd().numpy().astype(np.int64) + 127) | self.shifted.numpy()).astype(np.uint8)
+            out["scales"] = ((self.odd().numpy().astype(np.int64) + 127) | self.shifted.numpy()).astype(
+                np.uint8
+            )
             out["row"] = self.row.numpy().copy()
         else:
             out["scales"] = stored.numpy().astype(np.float16)

@@ -7,6 +7,7 @@ float32[batch, T, width]; every row is picked.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,9 @@ class Graph(nn.Module):
         self.records, self.slots, self.caches = b.finish()
         self.integer = integer
         self.modes = None if kv is None else kv_modes.by_cache(kv, len(self.caches))
-        fixed = {int(w) for r in self.records if ops.BY_CODE[int(r["code"])].name in NOT_TRAINED for w in r["w"]}
+        fixed = {
+            int(w) for r in self.records if ops.BY_CODE[int(r["code"])].name in NOT_TRAINED for w in r["w"]
+        }
         self.matrices, self.vectors = nn.ModuleDict(), nn.ParameterDict()
         self.fixed: dict[int, np.ndarray] = {}
         self.codes: set[int] = set()  # matrices whose inputs meet integers
@@ -107,7 +110,9 @@ class Graph(nn.Module):
             if isinstance(t, Matrix):
                 e = BY_NAME[t.storage.encoding]
                 if trains and e.has_codes and not t.storage.packed:
-                    self.matrices[str(i)] = FakeQuant(weights.rows(t), e.name, t.storage.group, rank, seed + i)
+                    self.matrices[str(i)] = FakeQuant(
+                        weights.rows(t), e.name, t.storage.group, rank, seed + i
+                    )
                 else:
                     self.matrices[str(i)] = Frozen(weights.rows(t))
                 if e.is_integer:
@@ -129,8 +134,9 @@ class Graph(nn.Module):
         y = ids.float()
         for r in self.records:
             op = ops.BY_CODE[int(r["code"])]
-            attrs = {
-                a.name: program.bits_f32(int(v)) if a.kind == "f32" else int(v) for a, v in zip(op.attrs, r["attr"])
+            attrs: dict[str, Any] = {
+                a.name: program.bits_f32(int(v)) if a.kind == "f32" else int(v)
+                for a, v in zip(op.attrs, r["attr"])
             }
             ins = [slots.read(int(s)) for s in r["in"] if int(s) != program.NONE]
             w = [None if int(i) == program.NONE else int(i) for i in r["w"]]

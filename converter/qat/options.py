@@ -74,13 +74,17 @@ class Options:
         """Raise UsageError for a value that makes no sense."""
         if self.recipe.removesuffix("+") not in STORAGES:
             known = ", ".join(STORAGES)
-            raise UsageError(f"recipe {self.recipe!r} is not one to train: there are {known}, each also with +")
+            raise UsageError(
+                f"recipe {self.recipe!r} is not one to train: there are {known}, each also with +"
+            )
         if self.policy not in POLICIES:
             raise UsageError(f"unknown arithmetic policy {self.policy!r}; there are {', '.join(POLICIES)}")
         for name, low, high in self.ranges:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise UsageError(f"{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value:g}")
+                raise UsageError(
+                    f"{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value:g}"
+                )
         if self.kv:
             kv_modes.by_cache(self.kv, 1 << 12)
 
@@ -102,7 +106,9 @@ def store(b: Builder, recipe: str) -> None:
     trained = 0
     for i, t in enumerate(b.tensors):
         if isinstance(t, Matrix) and not t.storage.packed:
-            lifted = recipe.endswith("+") and i == last and BY_NAME[storage.encoding].bits < BY_NAME[HEAD].bits
+            lifted = (
+                recipe.endswith("+") and i == last and BY_NAME[storage.encoding].bits < BY_NAME[HEAD].bits
+            )
             b.tensors[i] = Matrix(t.name, t.sources, t.shape, Storage(HEAD) if lifted else storage)
             trained += 1
     if not trained:

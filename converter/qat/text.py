@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ Sequences = list[list[int]]
 
 def sequences(
     b: Builder,
-    meta: Mapping[str, Any],
+    meta: dict[str, Any],
     tokenizer: bytes,
     template: str,
     options: Options,

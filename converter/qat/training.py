@@ -75,7 +75,9 @@ class Trainer:
                 self._freeze()
             loss = self._step()
             if not math.isfinite(loss):
-                raise HalfbyteError(f"training diverged at step {self.at}: the loss is not finite; lower --lr")
+                raise HalfbyteError(
+                    f"training diverged at step {self.at}: the loss is not finite; lower --lr"
+                )
             self.result.curve.append(loss)
             self.at += 1
             if self.at % o.every == 0 or self.at == o.steps:
@@ -172,14 +174,18 @@ class Trainer:
             aside.replace(self.path)
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
-            raise HalfbyteError(f"{self.path}: cannot write: {getattr(error, 'strerror', None) or error}") from None
+            raise HalfbyteError(
+                f"{self.path}: cannot write: {getattr(error, 'strerror', None) or error}"
+            ) from None
 
     def resume(self) -> None:
         """Go on from the checkpoint. Raises UsageError for one that is damaged or of another training."""
         try:
             state: dict[str, Any] = torch.load(self.path, weights_only=True)
             if state["identity"] != self.identity:
-                raise UsageError(f"{self.path} is of a training with another source, text or options; delete it")
+                raise UsageError(
+                    f"{self.path} is of a training with another source, text or options; delete it"
+                )
             if state["frozen"]:
                 self._freeze()
             self.student.load_state_dict(state["student"])

@@ -16,16 +16,26 @@ HELP = "quantisation-aware training (needs PyTorch)"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `train-qat`; what is not given is left to the converter."""
-    parser.add_argument("source", help="a Hugging Face folder, a .gguf file or a llama2.c .bin, with float weights")
+    parser.add_argument(
+        "source", help="a Hugging Face folder, a .gguf file or a llama2.c .bin, with float weights"
+    )
     parser.add_argument("-o", "--out", metavar="FILE", help="default: <name of the source>.hb in this folder")
     parser.add_argument(
-        "--recipe", default="q4", metavar="NAME", help="q8, q6, q5, q4, q3, q2 or ternary, with + the head in q6"
+        "--recipe",
+        default="q4",
+        metavar="NAME",
+        help="q8, q6, q5, q4, q3, q2 or ternary, with + the head in q6",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer instead of the source's own")
-    parser.add_argument("--context", type=whole(1, (1 << 31) - 1), metavar="N", help="positions to allow at most")
+    parser.add_argument(
+        "--context", type=whole(1, (1 << 31) - 1), metavar="N", help="positions to allow at most"
+    )
     text = parser.add_argument_group("text")
     text.add_argument(
-        "--text", action="append", metavar="FILE", help="text, or a .jsonl of chats, to train on; may be repeated"
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="text, or a .jsonl of chats, to train on; may be repeated",
     )
     text.add_argument(
         "--own-text",
@@ -41,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--batch", type=whole(1, 1 << 16), metavar="N", help="sequences a step (default: 8)")
     loop.add_argument("--length", type=whole(2, 512), metavar="N", help="tokens of a sequence (default: 256)")
     loop.add_argument(
-        "--lr", type=number, metavar="X", help="peak learning rate, as a share of a tensor's rms (default: 0.01)"
+        "--lr",
+        type=number,
+        metavar="X",
+        help="peak learning rate, as a share of a tensor's rms (default: 0.01)",
     )
     loop.add_argument(
         "--warmup", type=number, metavar="X", help="share of the steps in which it rises (default: 0.05)"
@@ -50,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ce", type=number, metavar="X", help="weight of the text itself beside the float model (default: 0)"
     )
     loop.add_argument(
-        "--freeze", type=number, metavar="X", help="share of the steps after which scales are fixed (default: 0.8)"
+        "--freeze",
+        type=number,
+        metavar="X",
+        help="share of the steps after which scales are fixed (default: 0.8)",
     )
     loop.add_argument(
         "--lora-rank", type=whole(0, 1 << 16), metavar="N", help="train changes of rank N: less memory"
@@ -61,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--every", type=whole(1, 1 << 31), metavar="N", help="steps between measurements (default: 50)"
     )
     loop.add_argument(
-        "--patience", type=whole(0), metavar="N", help="measurements without improvement that end it (default: never)"
+        "--patience",
+        type=whole(0),
+        metavar="N",
+        help="measurements without improvement that end it (default: never)",
     )
     loop.add_argument("--seed", type=whole(0, 1 << 31), metavar="N", help="default: 0")
     loop.add_argument("-t", "--threads", type=whole(1, 1024), metavar="N", help="default: 1")
