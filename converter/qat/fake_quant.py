@@ -34,6 +34,7 @@ Planes = dict[str, np.ndarray]
 
 STRETCH = 0.99  # of half a step, ParetoQ's clipping at .99
 STRETCHED_BITS = 2  # encodings of up to so many bits are trained by SEQ
+MARGIN = 0.15  # of the range of a code, kept clear on both sides of a weight that starts from a given code
 TERNARY_RATIOS = np.linspace(
     0.3, 1.0, 29
 )  # scales of a ternary group to choose from, as multiples of its largest value
@@ -67,18 +68,30 @@ class FakeQuant(nn.Module):
 
     weight: float32[rows, cols]; encoding: of the q family, q8, or a symmetric one with float16 scales; rank: train only
     weight = W + A B with A [rows, rank] (LoRA, arXiv 2106.09685, under the quantiser as in LR-QAT, arXiv 2406.06385).
+    planes: codes and scales to start from, such as GPTQ's; by default each weight at its nearest. Weights begin where
+    they are, or where they are not rounded to the given code at the nearest place inside its range (`MARGIN`).
     """
 
-    def __init__(self, weight: np.ndarray, encoding: str, group: int = 32, rank: int = 0, seed: int = 0):
+    def __init__(
+        self,
+        weight: np.ndarray,
+        encoding: str,
+        group: int = 32,
+        rank: int = 0,
+        seed: int = 0,
+        planes: Planes | None = None,
+    ):
         super().__init__()
         e = encodings.BY_NAME[encoding]
         self.encoding, self.sub7, self.shift = encoding, e.row_scale, e.shift
         self.rows, self.cols = weight.shape
         self.width = e.group or group or self.cols
         self.ternary = encoding == "i2"
-        planes = (
-            ternary(weight, self.width) if self.ternary else _planes.nearest(weight, encoding, self.width)
-        )
+        given = planes
+        if planes is None and self.ternary:
+            planes = ternary(weight, self.width)
+        elif planes is None:
+            planes = _planes.nearest(weight, encoding, self.width)
         levels, codes = _planes._table(encoding)
         if self.ternary:
             levels, codes = levels[1:], codes[1:]
@@ -99,10 +112,12 @@ class FakeQuant(nn.Module):
         self.constant("start", k)
         self.factor = nn.Parameter(torch.ones(k.shape))
         w = torch.from_numpy(np.array(weight, np.float32))
+        if given is not None:
+            w = self.towards(w, planes["codes"])
         self.rank = rank
         if rank:
             random = torch.Generator().manual_seed(seed)
-            self.register_buffer("weight", w, persistent=False)
+            self.register_buffer("weight", w)
             self.a = nn.Parameter(torch.zeros(self.rows, rank))
             self.b = nn.Parameter(torch.randn(rank, self.cols, generator=random) / rank**0.5)
         else:
@@ -111,8 +126,23 @@ class FakeQuant(nn.Module):
         self.tracks = False
 
     def constant(self, name: str, values: np.ndarray) -> None:
-        """A buffer that is not part of the state: it follows from the checkpoint."""
-        self.register_buffer(name, torch.from_numpy(np.array(values)), persistent=False)
+        """A buffer."""
+        self.register_buffer(name, torch.from_numpy(np.array(values)))
+
+    @torch.no_grad()
+    def towards(self, w: Tensor, codes: np.ndarray) -> Tensor:
+        """w, moved inside the range of weights that round to `codes`."""
+        order = np.zeros(256, np.int64)
+        order[self.code_of.astype(np.int64) & 255] = np.arange(len(self.code_of))
+        chosen = torch.from_numpy(order[codes.astype(np.int64) & 255])
+        _, stored, shift = self.scale()
+        group = torch.arange(self.cols) // self.width
+        s, shift = stored[:, group], shift[:, group]
+        edges = torch.cat([self.levels[:1] * 1.5, self.middles, self.levels[-1:] * 1.5])
+        low, high = edges[chosen], edges[chosen + 1]
+        margin = MARGIN * (high - low)
+        x = w / torch.where(s == 0, torch.ones_like(s), s) - shift
+        return torch.where(s == 0, w, s * (x.clamp(low + margin, high - margin) + shift))
 
     def latent(self) -> Tensor:
         """The float weights that are rounded."""

@@ -6,7 +6,7 @@ float32[batch, T, width]; every row is picked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.qat.activations import hadamard, round_activations, round_cache
-from halfbyte.converter.qat.fake_quant import FakeQuant
+from halfbyte.converter.qat.fake_quant import FakeQuant, Planes
 from halfbyte.converter.weights import Weights
 from halfbyte.formats import kv_modes, ops, program
 from halfbyte.formats.encodings import BY_NAME
@@ -82,7 +82,7 @@ class Graph(nn.Module):
 
     trains: matrices and vectors are parameters, the matrices fake-quantised as the builder stores them. integer: the
     inputs of quantised matrices are rounded as under policy i8g32. kv: a mode of the cache (`formats.kv_modes`), or
-    None for floats. rank: see `FakeQuant`.
+    None for floats. rank, start: see `FakeQuant`.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Graph(nn.Module):
         kv: str | None = None,
         rank: int = 0,
         seed: int = 0,
+        start: Mapping[int, Planes] | None = None,
     ):
         super().__init__()
         self.records, self.slots, self.caches = b.finish()
@@ -110,9 +111,9 @@ class Graph(nn.Module):
             if isinstance(t, Matrix):
                 e = BY_NAME[t.storage.encoding]
                 if trains and e.has_codes and not t.storage.packed:
-                    self.matrices[str(i)] = FakeQuant(
-                        weights.rows(t), e.name, t.storage.group, rank, seed + i
-                    )
+                    planes = (start or {}).get(i)
+                    w = weights.rows(t)
+                    self.matrices[str(i)] = FakeQuant(w, e.name, t.storage.group, rank, seed + i, planes)
                 else:
                     self.matrices[str(i)] = Frozen(weights.rows(t))
                 if e.is_integer:

@@ -18,6 +18,7 @@ STORAGES = {
     "ternary": Storage("i2", 64, "f16"),
 }
 POLICIES = ("i8g32", "f32")
+STARTS = ("auto", "gptq", "rtn")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Options:
     the KL divergence from the float model. freeze: share of the steps after which scales no longer change and codes
     that oscillate are frozen. lora_rank: train low-rank changes of the weights, 0 for the weights themselves.
     policy: round activations as i8g32 does, or not (f32); kv: round keys and values as this mode, '' for not at all.
+    start: codes and scales to start from, 'rtn' or 'gptq' (calibrated on the first text); auto is gptq where it can.
     own_text: sequences that the float model writes itself, None for 512 where no text is given. every: steps between
     two measurements on held-out text and checkpoints; patience: of them without improvement that stop the training,
     0 for none.
@@ -46,6 +48,7 @@ class Options:
     lora_rank: int = 0
     policy: str = "i8g32"
     kv: str = ""
+    start: str = "auto"
     own_text: int | None = None
     every: int = 50
     patience: int = 0
@@ -79,6 +82,8 @@ class Options:
             )
         if self.policy not in POLICIES:
             raise UsageError(f"unknown arithmetic policy {self.policy!r}; there are {', '.join(POLICIES)}")
+        if self.start not in STARTS:
+            raise UsageError(f"training starts from {', '.join(STARTS)}, not from {self.start!r}")
         for name, low, high in self.ranges:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ import torch
 from halfbyte import converter
 from halfbyte.converter import models
 from halfbyte.converter.assemble import Sink, assemble
-from halfbyte.converter.builder import Builder, Vector
+from halfbyte.converter.builder import Builder, Matrix, Vector
 from halfbyte.converter.checkpoints import open_checkpoint
 from halfbyte.converter.plan import Plan
 from halfbyte.converter.proof import prover
+from halfbyte.converter.qat.fake_quant import Planes
 from halfbyte.converter.qat.graph import Graph
 from halfbyte.converter.qat.options import Options, source_recipe, store
 from halfbyte.converter.qat.text import sequences
 from halfbyte.converter.qat.training import Progress, Result, Trainer
+from halfbyte.converter.quantizers import gptq
 from halfbyte.converter.unfinished import files_in, identity
 from halfbyte.converter.weights import Weights
+from halfbyte.formats.container import File
 from halfbyte.formats.errors import UsageError
 
 
@@ -64,7 +68,7 @@ def run(
         teacher = Graph(b, weights)
         student = Graph(
             b, weights, trains=True, integer=options.policy == "i8g32", kv=options.kv or None, rank=options.lora_rank,
-            seed=options.seed,
+            seed=options.seed, start={} if resume else rounded(b, options, json, template, meta, texts, out.parent),
         )  # fmt: skip
         what = identity(options.facts(), files_in(inputs, out), torch.__version__, checkpoint.digest())
         trainer = Trainer(student, teacher, options, train, measured, kept, what)
@@ -88,6 +92,35 @@ def run(
         "measured": result.measured,
         "curve": result.curve,
     }
+
+
+def rounded(
+    b: Builder,
+    options: Options,
+    tokenizer: bytes,
+    template: str,
+    meta: dict[str, Any],
+    texts: Sequence[Path],
+    folder: Path,
+) -> dict[int, Planes]:
+    """Codes and scales of GPTQ to start from, by tensor; none where training starts from rounding to nearest.
+
+    Raises UsageError where GPTQ is asked for and cannot be.
+    """
+    matrices = {i: t for i, t in enumerate(b.tensors) if isinstance(t, Matrix) and not t.storage.packed}
+    able = tokenizer and all(gptq.supports(t.storage.encoding) for t in matrices.values())
+    if options.start == "rtn" or (options.start == "auto" and not able):
+        return {}
+    if not able:
+        raise UsageError("--start gptq needs a tokenizer, and a recipe of q2 to q6")
+    weights = Weights(b)
+    plan = Plan(b, weights, "gptq", texts[0] if texts else None, tokenizer, template, meta)
+    with tempfile.TemporaryDirectory(prefix=".halfbyte-", dir=folder) as temporary:
+        path = Path(temporary) / "gptq.hb"
+        quantize = plan.quantizer(temporary, None)
+        assemble(b, path, meta, tokenizer, template, lambda name, count: None, weights, quantize)
+        file = File(path)
+        return {i: {k: np.array(a) for k, a in file.codes(file.tensors[i]).items()} for i in matrices}
 
 
 def export(

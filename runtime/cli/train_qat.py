@@ -71,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument(
         "--lora-rank", type=whole(0, 1 << 16), metavar="N", help="train changes of rank N: less memory"
     )
+    loop.add_argument(
+        "--start", metavar="NAME", help="gptq or rtn: codes to start from (default: gptq if it can)"
+    )
     loop.add_argument("--policy", metavar="NAME", help="i8g32: round activations too (default), or f32")
     loop.add_argument("--kv", metavar="MODE", help="round keys and values as this mode does (default: not)")
     loop.add_argument(
@@ -92,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS = (
     *("recipe", "steps", "batch", "length", "lr", "warmup", "ce", "freeze", "lora_rank", "policy", "kv"),
-    *("own_text", "every", "patience", "seed", "threads"),
+    *("start", "own_text", "every", "patience", "seed", "threads"),
 )
 
 

@@ -299,7 +299,20 @@ def test_command_trains_a_real_model(torch, shared_data: Path, tmp_path: Path, c
     text.write_text((shared_data / "text" / "tinystories.txt").read_text()[:12000])
     source = str(shared_data / "tinystories-656k")
     command = ["train-qat", source, "-o", str(out), "--recipe", "q3", "--text", str(text), "--length", "64"]
-    command += ["--steps", "4", "--batch", "2", "--every", "2", "--lr", "0.005", "--no-proof", "--json"]
+    command += [
+        "--steps",
+        "4",
+        "--batch",
+        "2",
+        "--every",
+        "2",
+        "--lr",
+        "0.005",
+        "--start",
+        "rtn",
+        "--no-proof",
+        "--json",
+    ]
     assert main(command) == 0
     done = capsys.readouterr()
     found = json.loads(done.out)
