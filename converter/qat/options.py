@@ -17,6 +17,9 @@ STORAGES = {
     **{name: Storage(name) for name in ("q8", "q6", "q5", "q4", "q3", "q2")},
     "ternary": Storage("i2", 64, "f16"),
 }
+# The fewer bits, the further weights have to go; the more, the less noise the codes bear.
+RATES = {2: 0.01, 3: 0.004}
+RATE = 0.002  # of 4 bits and more
 POLICIES = ("i8g32", "f32")
 STARTS = ("auto", "gptq", "rtn")
 
@@ -26,8 +29,8 @@ class Options:
     """Everything that decides the result, with its defaults.
 
     recipe: see STORAGES. steps, batch (sequences), length (tokens of one). lr: the peak of the learning rate, as a
-    share of each tensor's root mean square, so that one value fits tensors and models of any scale; it rises linearly
-    over the share `warmup` of the steps and falls as a cosine. ce: weight of the cross entropy with the text beside
+    share of each tensor's root mean square, so that one value fits tensors and models of any scale (None: RATES, by
+    the recipe's bits); it rises linearly over the share `warmup` of the steps and falls as a cosine. ce: weight of the cross entropy with the text beside
     the KL divergence from the float model. freeze: share of the steps after which scales no longer change and codes
     that oscillate are frozen. lora_rank: train low-rank changes of the weights, 0 for the weights themselves.
     policy: round activations as i8g32 does, or not (f32); kv: round keys and values as this mode, '' for not at all.
@@ -41,7 +44,7 @@ class Options:
     steps: int = 1000
     batch: int = 8
     length: int = 256
-    lr: float = 0.01
+    lr: float | None = None
     warmup: float = 0.05
     ce: float = 0.0
     freeze: float = 0.8
@@ -93,9 +96,15 @@ class Options:
         if self.kv:
             kv_modes.by_cache(self.kv, 1 << 12)
 
+    @property
+    def rate(self) -> float:
+        """The peak of the learning rate."""
+        bits = BY_NAME[STORAGES[self.recipe.removesuffix("+")].encoding].bits
+        return RATES.get(bits, RATE) if self.lr is None else self.lr
+
     def facts(self) -> dict[str, object]:
         """The options by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranges"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranges"} | {"lr": self.rate}
 
 
 def source_recipe() -> Recipe:

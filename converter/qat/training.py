@@ -63,7 +63,7 @@ class Trainer:
         self.result, self.at, self.frozen = Result(), 0, False
         self.freezes = round(options.freeze * options.steps)
         groups = [{"params": [p], "size": size} for p, size in _sizes(student)]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
 
     def run(self, progress: Progress | None = None) -> Result:
         """Train to the last step, or until nothing improves. Raises HalfbyteError when the loss is not finite."""
@@ -91,9 +91,9 @@ class Trainer:
         """The learning rate of a step: linear warm-up, then a cosine down to LOWEST of the peak."""
         rise = max(1, round(self.o.warmup * self.o.steps))
         if step < rise:
-            return self.o.lr * (step + 1) / rise
+            return self.o.rate * (step + 1) / rise
         done = (step - rise) / max(1, self.o.steps - rise)
-        return self.o.lr * (LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * done)) / 2)
+        return self.o.rate * (LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * done)) / 2)
 
     def _step(self) -> float:
         ids, real = batch(self.train, self.at, self.o.batch, self.o.seed)

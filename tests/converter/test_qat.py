@@ -99,6 +99,25 @@ def test_gradients_follow_lsq_and_seq(torch, encoding: str, group: int) -> None:
     np.testing.assert_allclose(m.factor.grad.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("encoding", ("q2", "q3", "q4", "q6", "q8"))
+def test_training_starts_from_given_codes(torch, encoding: str) -> None:
+    """Codes of other weights are those of the first forward, and weights that round to theirs anyway stay put."""
+    from halfbyte.converter.qat.fake_quant import FakeQuant
+    from halfbyte.converter.quantizers import _planes
+
+    other = matrix() + 0.3 * matrix(1)
+    given = _planes.nearest(other, encoding)
+    assert (given["codes"] != _planes.nearest(matrix(), encoding)["codes"]).mean() > 0.1
+    m = FakeQuant(matrix(), encoding, planes=given)
+    for name, a in m.planes().items():
+        assert np.array_equal(a, given[name]), name
+    stay = (m.weight.detach().numpy() == matrix()).mean()
+    moved = np.abs(m.weight.detach().numpy() - matrix()).mean()
+    assert moved < np.abs(_planes.decode(given, encoding) - matrix()).mean() and (
+        stay > 0.1 or encoding > "q5"
+    )
+
+
 def test_low_rank_gradients_reach_the_factors_only(torch) -> None:
     m = moved(torch, "q4", 32, rank=2)
     m().square().sum().backward()
