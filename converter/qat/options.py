@@ -30,14 +30,14 @@ class Options:
 
     recipe: see STORAGES. steps, batch (sequences), length (tokens of one). lr: the peak of the learning rate, as a
     share of each tensor's root mean square, so that one value fits tensors and models of any scale (None: RATES, by
-    the recipe's bits); it rises linearly over the share `warmup` of the steps and falls as a cosine. ce: weight of the cross entropy with the text beside
-    the KL divergence from the float model. freeze: share of the steps after which scales no longer change and codes
-    that oscillate are frozen. lora_rank: train low-rank changes of the weights, 0 for the weights themselves.
-    policy: round activations as i8g32 does, or not (f32); kv: round keys and values as this mode, '' for not at all.
-    start: codes and scales to start from, 'rtn' or 'gptq' (calibrated on the first text); auto is gptq where it can.
-    own_text: sequences that the float model writes itself, None for 512 where no text is given. every: steps between
-    two measurements on held-out text and checkpoints; patience: of them without improvement that stop the training,
-    0 for none.
+    the recipe's bits); it rises linearly over the share `warmup` of the steps and falls as a cosine. ce: weight of the
+    cross entropy with the text beside the KL divergence from the float model. freeze: share of the steps after which
+    scales no longer change and codes that oscillate are frozen. lora_rank: train low-rank changes of the weights, 0
+    for the weights themselves. policy: round activations as i8g32 does, or not (f32); kv: round keys and values as
+    this mode, '' for not at all. start: codes and scales to start from, 'rtn' or 'gptq' (calibrated on the first
+    text); auto is gptq where it can. own_text: sequences that the float model writes itself, None for 512 where no
+    text is given. every: steps between two measurements on held-out text and checkpoints; patience: of them without
+    improvement that stop the training, 0 for none.
     """
 
     recipe: str = "q4"
