@@ -43,7 +43,7 @@ def train_qat(
     """
     from halfbyte.converter.qat.options import Options
 
-    known = Options.__dataclass_fields__.keys() - {"ranges"}
+    known = Options.__dataclass_fields__.keys()
     if options.keys() - known:
         raise TypeError(f"unknown option {sorted(options.keys() - known)[0]!r}")
     asked = Options(**options)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass
 
 from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.recipe import HEAD, Recipe, Storage
@@ -22,6 +21,21 @@ RATES = {2: 0.01, 3: 0.004}
 RATE = 0.002  # of 4 bits and more
 POLICIES = ("i8g32", "f32")
 STARTS = ("auto", "gptq", "rtn")
+RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, 1 << 31),
+    "batch": (1, 1 << 16),
+    "length": (2, 512),
+    "lr": (1e-9, 1),
+    "warmup": (0, 1),
+    "ce": (0, 1e6),
+    "freeze": (0, 1),
+    "lora_rank": (0, 1 << 16),
+    "own_text": (0, 1 << 20),
+    "every": (1, 1 << 31),
+    "patience": (0, 1 << 31),
+    "seed": (0, 1 << 31),
+    "threads": (1, 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -57,24 +71,6 @@ class Options:
     patience: int = 0
     seed: int = 0
     threads: int = 1
-    ranges: Sequence[tuple[str, float, float]] = field(
-        default=(
-            ("steps", 1, 1 << 31),
-            ("batch", 1, 1 << 16),
-            ("length", 2, 512),
-            ("lr", 1e-9, 1.0),
-            ("warmup", 0, 1),
-            ("ce", 0, 1e6),
-            ("freeze", 0, 1),
-            ("lora_rank", 0, 1 << 16),
-            ("own_text", 0, 1 << 20),
-            ("every", 1, 1 << 31),
-            ("patience", 0, 1 << 31),
-            ("seed", 0, 1 << 31),
-            ("threads", 1, 1024),
-        ),
-        repr=False,
-    )
 
     def check(self) -> None:
         """Raise UsageError for a value that makes no sense."""
@@ -87,7 +83,7 @@ class Options:
             raise UsageError(f"unknown arithmetic policy {self.policy!r}; there are {', '.join(POLICIES)}")
         if self.start not in STARTS:
             raise UsageError(f"training starts from {', '.join(STARTS)}, not from {self.start!r}")
-        for name, low, high in self.ranges:
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(
@@ -104,7 +100,7 @@ class Options:
 
     def facts(self) -> dict[str, object]:
         """The options by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranges"} | {"lr": self.rate}
+        return asdict(self) | {"lr": self.rate}
 
 
 def source_recipe() -> Recipe:

@@ -341,6 +341,45 @@ def test_command_trains_a_real_model(torch, shared_data: Path, tmp_path: Path, c
     assert halfbyte.load(out).session().feed([1, 5, 9]).shape == (2048,)
 
 
+def test_a_killed_training_goes_on(torch, shared_data: Path, tmp_path: Path, capsys) -> None:
+    """Killed between two checkpoints; with --resume the curve, and the file, are those of a training that was not."""
+    source, text = str(shared_data / "tinystories-656k"), tmp_path / "text.txt"
+    text.write_text((shared_data / "text" / "tinystories.txt").read_text()[:12000])
+    options = {
+        "recipe": "q3",
+        "length": 64,
+        "steps": 6,
+        "batch": 2,
+        "every": 2,
+        "freeze": 0.5,
+        "proof": False,
+    }
+    whole = halfbyte.train_qat(source, tmp_path / "whole.hb", text=[text], **options)
+    code = (
+        "import os, halfbyte\n"
+        "def kill(now, done, total):\n    if done == 5:\n        os.kill(os.getpid(), 9)\n"
+        f"halfbyte.train_qat({source!r}, {str(tmp_path / 'm.hb')!r}, text=[{str(text)!r}], progress=kill, **{options})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    assert (tmp_path / ".m.hb.qat").exists() and not (tmp_path / "m.hb").exists()
+    command = [
+        "train-qat",
+        source,
+        "-o",
+        str(tmp_path / "m.hb"),
+        "--text",
+        str(text),
+        "--no-proof",
+        "--resume",
+    ]
+    command += [a for k, v in options.items() if k != "proof" for a in (f"--{k}", str(v))]
+    assert main([*command, "--json"]) == 0
+    found = capsys.readouterr()
+    assert json.loads(found.out)["curve"] == whole["curve"] and found.err == "continuing at step 4 of 6\n"
+    assert (tmp_path / "m.hb").read_bytes() == (tmp_path / "whole.hb").read_bytes()
+
+
 def fails(capsys, *args: object) -> str:
     """The one line that a command fails with."""
     assert main([str(a) for a in args]) == 2
