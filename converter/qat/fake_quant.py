@@ -35,9 +35,7 @@ Planes = dict[str, np.ndarray]
 STRETCH = 0.99  # of half a step, ParetoQ's clipping at .99
 STRETCHED_BITS = 2  # encodings of up to so many bits are trained by SEQ
 MARGIN = 0.15  # of the range of a code, kept clear on both sides of a weight that starts from a given code
-TERNARY_RATIOS = np.linspace(
-    0.3, 1.0, 29
-)  # scales of a ternary group to choose from, as multiples of its largest value
+TERNARY_RATIOS = np.linspace(0.3, 1.0, 29)  # scales of a group to choose from, in units of its largest value
 LEAST, MOST = 2.0**-24, 65504.0  # float16
 
 

@@ -17,8 +17,8 @@ STORAGES = {
     "ternary": Storage("i2", 64, "f16"),
 }
 # The fewer bits, the further weights have to go; the more, the less noise the codes bear.
-RATES = {2: 0.01, 3: 0.004}
-RATE = 0.002  # of 4 bits and more
+RATES = {2: 0.01, 3: 0.003}
+RATE = 0.001  # of 4 bits and more
 POLICIES = ("i8g32", "f32")
 STARTS = ("auto", "gptq", "rtn")
 RANGES: dict[str, tuple[float, float]] = {
