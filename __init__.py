@@ -13,9 +13,10 @@ _HOMES = {
     "Model": "halfbyte.runtime.model",
     "Session": "halfbyte.runtime.session",
     "convert": "halfbyte.converter",
+    "train_qat": "halfbyte.converter.qat",
     "HalfbyteError": "halfbyte.formats.errors",
 }
-__all__ = ["HalfbyteError", "Model", "Session", "__version__", "convert", "load"]
+__all__ = ["HalfbyteError", "Model", "Session", "__version__", "convert", "load", "train_qat"]
 
 
 def __getattr__(name: str):

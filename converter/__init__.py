@@ -113,13 +113,7 @@ def convert(
         # first of all, since the config of an unsupported type may lack everything else
         models.module_name(checkpoint.config.get("model_type"))
         b = Builder(checkpoint, recipe_named(recipe), context)
-        try:
-            models.build(b)
-            _check_program(b)
-        except (ArithmeticError, TypeError, ValueError) as error:
-            # Model files compute freely with the config's numbers; those of a damaged one may be anything.
-            why = " ".join(str(error).split())
-            raise CheckpointError(f"config.json makes no sense for this model type: {why}") from error
+        build(b)
         _check_context(b, context)
         _check_all_used(checkpoint, b)
         if rotate:
@@ -199,6 +193,19 @@ def convert(
             unfinished=unfinished, note=note, block=room.block, prove=prove,
         )  # fmt: skip
     return out
+
+
+def build(b: Builder) -> None:
+    """Emit and check the program of a checkpoint. Raises CheckpointError for a config that makes no sense."""
+    from halfbyte.converter import models
+
+    try:
+        models.build(b)
+        _check_program(b)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        # Model files compute freely with the config's numbers; those of a damaged one may be anything.
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"config.json makes no sense for this model type: {why}") from error
 
 
 def _identity(recipe: str, asked: list[Any], inputs: list[Path], out: Path) -> str:

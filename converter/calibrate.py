@@ -380,8 +380,10 @@ def _spans(ids: list[np.ndarray]) -> Iterator[slice]:
 # ---- token sequences ------------------------------------------------------------------------------------------
 
 
-def sequences(tokenizer: Tokenizer, template: str, path: Path | None, context: int) -> list[list[int]]:
-    """Token ids to calibrate on: at most SEQUENCES sequences of at most min(LENGTH, context) tokens.
+def sequences(
+    tokenizer: Tokenizer, template: str, path: Path | None, context: int, most: int | None = SEQUENCES
+) -> list[list[int]]:
+    """Token ids to calibrate on: at most `most` (None: all) sequences of at most min(LENGTH, context) tokens.
 
     path: a UTF-8 text, cut into windows; a `.jsonl`, one JSON a line that is a list of messages, {"messages": [...]}
     (rendered by the model's chat template, each chat a sequence) or {"text": ...}; None is the built-in mix. Where
@@ -405,7 +407,7 @@ def sequences(tokenizer: Tokenizer, template: str, path: Path | None, context: i
     found = [s for s in found if len(s) > 1]
     if not found:
         raise UsageError(f"{path} has no text to calibrate on")
-    chosen = np.unique(np.linspace(0, len(found) - 1, SEQUENCES).astype(int))
+    chosen = np.unique(np.linspace(0, len(found) - 1, most or len(found)).astype(int))
     return [found[i] for i in chosen]
 
 

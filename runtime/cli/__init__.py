@@ -24,7 +24,7 @@ from halfbyte.runtime.cli.terminal import one_line
 from halfbyte.runtime.library import find
 
 COMMANDS = (
-    *("pull", "list", "rm", "convert", "report"),
+    *("pull", "list", "rm", "convert", "train-qat", "report"),
     *("run", "chat", "serve"),
     *("info", "explain", "check", "parity", "replay", "eval", "kv", "bench", "fit", "demo", "doctor"),
 )
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"halfbyte {halfbyte.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name in COMMANDS:
-        module = importlib.import_module(f"halfbyte.runtime.cli.{name}")
+        module = importlib.import_module(f"halfbyte.runtime.cli.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -308,7 +308,7 @@ def test_doctor(monkeypatch, capsys):
 def test_version_help_and_nothing(capsys):
     assert quiet(capsys, "--version") == f"halfbyte {halfbyte.__version__}\n"
     text = quiet(capsys, "--help")
-    assert all(re.search(rf"^    {name} ", text, re.MULTILINE) for name in cli.COMMANDS)
+    assert all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in cli.COMMANDS)
     for name in cli.COMMANDS:
         assert quiet(capsys, name, "--help").startswith(f"usage: halfbyte {name} ")
     assert cli.main([]) == 2

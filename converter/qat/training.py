@@ -1,0 +1,222 @@
+"""The training loop: distillation of the float model into its fake-quantised twin, resumable at any checkpoint.
+
+Loss a token: KL(float || fake-quantised), plus `ce` times the cross entropy with the text. AdamW (Loshchilov, Hutter,
+arXiv 1711.05101) without weight decay. On one machine, with the same number of threads, a training that was stopped and
+resumed computes the same numbers as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfbyte.converter.qat.fake_quant import Planes
+from halfbyte.converter.qat.graph import Graph
+from halfbyte.converter.qat.options import Options
+from halfbyte.converter.qat.text import Sequences, batch, padded
+from halfbyte.formats.errors import HalfbyteError, UsageError
+
+LOWEST = 0.02  # of the peak learning rate, at the end
+CLIP = 1.0  # largest norm of a gradient
+OSCILLATING = (0.04, 0.01)  # changes back and forth a step beyond which a code is frozen: at first, at last
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Result:
+    """What a file is made of, and how training went.
+
+    planes, vectors: by tensor number, at the step with the lowest held-out loss, which with KL as the loss is a far
+    less noisy measure than the nll. curve: loss of every step (nats a token); measured: (step, held-out nll, KL).
+    """
+
+    planes: dict[int, Planes] = field(default_factory=dict)
+    vectors: dict[int, np.ndarray] = field(default_factory=dict)
+    step: int = 0
+    nll: float = math.inf
+    loss: float = math.inf
+    curve: list[float] = field(default_factory=list)
+    measured: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains `student` to answer as `teacher` does; `checkpoint` is where it is kept, `identity` what it is of."""
+
+    def __init__(
+        self, student: Graph, teacher: Graph, options: Options, train: Sequences, heldout: Sequences, checkpoint: Path,
+        identity: str,
+    ):  # fmt: skip
+        self.student, self.teacher, self.o = student, teacher, options
+        self.train, self.heldout = train, heldout
+        self.path, self.identity = checkpoint, identity
+        self.result, self.at, self.frozen = Result(), 0, False
+        self.freezes = round(options.freeze * options.steps)
+        groups = [{"params": [p], "size": size} for p, size in _sizes(student)]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def run(self, progress: Progress | None = None) -> Result:
+        """Train to the last step, or until nothing improves. Raises HalfbyteError when the loss is not finite."""
+        o = self.o
+        if self.at == 0 and not self.result.measured:
+            self._measure()
+        while self.at < o.steps and not self._stalled():
+            if self.at == self.freezes:
+                self._freeze()
+            loss = self._step()
+            if not math.isfinite(loss):
+                raise HalfbyteError(
+                    f"training diverged at step {self.at}: the loss is not finite; lower --lr"
+                )
+            self.result.curve.append(loss)
+            self.at += 1
+            if self.at % o.every == 0 or self.at == o.steps:
+                self._measure()
+                self.save()
+            if progress:
+                progress(f"nll {self.result.nll:.4f}, loss {loss:.4f}", self.at, o.steps)
+        return self.result
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, then a cosine down to LOWEST of the peak."""
+        rise = max(1, round(self.o.warmup * self.o.steps))
+        if step < rise:
+            return self.o.rate * (step + 1) / rise
+        done = (step - rise) / max(1, self.o.steps - rise)
+        return self.o.rate * (LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * done)) / 2)
+
+    def _step(self) -> float:
+        ids, real = batch(self.train, self.at, self.o.batch, self.o.seed)
+        kl, nll = self.losses(ids, real)
+        count = int(real.sum())
+        loss = (kl + self.o.ce * nll) / count if self.o.ce else kl / count
+        self.optimizer.zero_grad()
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.at) * group["size"]
+        torch.nn.utils.clip_grad_norm_([p for p in self.student.parameters() if p.grad is not None], CLIP)
+        self.optimizer.step()
+        if self.frozen:
+            done = (self.at - self.freezes) / max(1, self.o.steps - self.freezes)
+            first, last = OSCILLATING
+            for m in self.student.quantizers().values():
+                m.freeze_codes(last + (first - last) * (1 + math.cos(math.pi * done)) / 2)
+        return float(loss.detach())
+
+    def losses(self, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the tokens that are `real`: KL(teacher || student), and the negative log likelihood."""
+        with torch.no_grad():
+            law = functional.log_softmax(self.teacher(ids[:, :-1])[real], dim=-1)
+        ours = functional.log_softmax(self.student(ids[:, :-1])[real], dim=-1)
+        kl = functional.kl_div(ours, law, reduction="sum", log_target=True)
+        return kl, functional.nll_loss(ours, ids[:, 1:][real], reduction="sum")
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        sums, count = np.zeros(2), 0
+        for i in range(0, len(self.heldout), self.o.batch):
+            ids, real = padded(self.heldout[i : i + self.o.batch])
+            sums += [float(v) for v in self.losses(ids, real)]
+            count += int(real.sum())
+        kl, nll = sums / count
+        if not math.isfinite(nll):
+            raise HalfbyteError(f"training diverged at step {self.at}: the output is not finite; lower --lr")
+        self.result.measured.append((self.at, float(nll), float(kl)))
+        loss = float(kl + self.o.ce * nll)
+        if loss < self.result.loss:
+            self.result.loss, self.result.nll, self.result.step = loss, float(nll), self.at
+            self.result.planes = {i: m.planes() for i, m in self.student.quantizers().items()}
+            self.result.vectors = {int(i): v.detach().numpy().copy() for i, v in self.student.vectors.items()}
+
+    def _stalled(self) -> bool:
+        later = [m for m in self.result.measured if m[0] > self.result.step]
+        return 0 < self.o.patience <= len(later)
+
+    def _freeze(self) -> None:
+        for m in self.student.quantizers().values():
+            m.freeze_scales()
+        self.frozen = True
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the checkpoint aside and rename it. Raises HalfbyteError if the disk refuses."""
+        r = self.result
+        state = {
+            "identity": self.identity,
+            "step": self.at,
+            "frozen": self.frozen,
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curve": r.curve,
+            "measured": [list(m) for m in r.measured],
+            "best": {
+                "step": r.step,
+                "nll": r.nll,
+                "loss": r.loss,
+                "planes": {i: {k: torch.from_numpy(a) for k, a in p.items()} for i, p in r.planes.items()},
+                "vectors": {i: torch.from_numpy(v) for i, v in r.vectors.items()},
+            },
+        }
+        aside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        try:
+            torch.save(state, aside)
+            aside.replace(self.path)
+        except (OSError, RuntimeError) as error:
+            aside.unlink(missing_ok=True)
+            raise HalfbyteError(
+                f"{self.path}: cannot write: {getattr(error, 'strerror', None) or error}"
+            ) from None
+
+    def resume(self) -> None:
+        """Go on from the checkpoint. Raises UsageError for one that is damaged or of another training."""
+        try:
+            state: dict[str, Any] = torch.load(self.path, weights_only=True)
+            if state["identity"] != self.identity:
+                raise UsageError(
+                    f"{self.path} is of a training with another source, text or options; delete it"
+                )
+            if state["frozen"]:
+                self._freeze()
+            self.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            best = state["best"]
+            self.at = int(state["step"])
+            self.result = Result(
+                {i: {k: a.numpy() for k, a in p.items()} for i, p in best["planes"].items()},
+                {i: v.numpy() for i, v in best["vectors"].items()},
+                best["step"],
+                best["nll"],
+                best["loss"],
+                state["curve"],
+                [(int(s), nll, kl) for s, nll, kl in state["measured"]],
+            )
+        except OSError as error:
+            raise UsageError(f"{self.path}: {error.strerror or error}") from None
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+            raise UsageError(f"{self.path} is damaged; delete it and start again") from None
+
+
+def _sizes(student: Graph) -> list[tuple[torch.nn.Parameter, float]]:
+    """Every parameter with the size of its values, which a step is a share of."""
+    out = []
+    for m in student.quantizers().values():
+        rms = float(m.weight.detach().square().mean().sqrt())
+        if m.rank:
+            out += [(m.a, rms), (m.b, m.rank**-0.5)]
+        else:
+            out.append((m.weight, rms))
+        out.append((m.factor, 1.0))
+    for v in student.vectors.values():
+        out.append((v, max(float(v.detach().square().mean().sqrt()), 1e-3)))
+    return out
