@@ -43,13 +43,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of answer `choice`; `text` is what became certain with it, perhaps ''."""
+    """A token of answer `choice`; `text` is what became certain with it; `at`: when, by time.perf_counter."""
 
     choice: int
     id: int
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    at: float = field(default_factory=time.perf_counter, compare=False)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ class ChatReply(Reply):
         """Usage, where it was asked for."""
         if not self._tell_usage:
             return []
-        return [{**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage.body()}]
+        facts = {"usage": self.usage.body(), "timings": self.usage.timings()}
+        return [{**self._head("chat.completion.chunk"), "choices": [], **facts}]
 
     def whole(self) -> Any:
         """The chat completion."""
@@ -189,7 +190,12 @@ class ChatReply(Reply):
             choices.append(
                 {"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
             )
-        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage.body()}
+        return {
+            **self._head("chat.completion"),
+            "choices": choices,
+            "usage": self.usage.body(),
+            "timings": self.usage.timings(),
+        }
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}

@@ -89,6 +89,25 @@ class Usage:
     prompt: int = 0
     cached: int = 0
     answer: int = 0
+    start: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+
+    def add(self, at: float) -> None:
+        """Count a token that was drawn at a time."""
+        self.answer += 1
+        self.first, self.last = self.first or at, at
+
+    def timings(self) -> dict[str, Any]:
+        """As llama.cpp's server tells them: milliseconds to the first token, and from there to the last."""
+        first, more = max(0.0, self.first - self.start), max(0.0, self.last - self.first)
+        return {
+            "prompt_n": self.prompt - self.cached,
+            "prompt_ms": round(1e3 * first, 3),
+            "predicted_n": self.answer,
+            "predicted_ms": round(1e3 * more, 3),
+            "predicted_per_second": round((self.answer - 1) / more, 3) if more > 0 else None,
+        }
 
     def body(self) -> dict[str, Any]:
         """As the chat and completions APIs tell it."""
@@ -109,7 +128,7 @@ class Reply(ABC):
         self.service, self.request, self.stream = service, request, stream
         self.id = prefix + secrets.token_hex(12)
         self.created = int(time.time())
-        self.usage = Usage(prompt=len(request.prompt))
+        self.usage = Usage(prompt=len(request.prompt), start=time.perf_counter())
         self.open = request.n
 
     def events(self, events: Iterable[Event]) -> list[Any]:
@@ -119,7 +138,7 @@ class Reply(ABC):
             if isinstance(event, Failed):
                 raise ApiError(event.message, status=STATUS[event.kind])
             if isinstance(event, Token):
-                self.usage.answer += 1
+                self.usage.add(event.at)
                 found += self.token(event)
             else:
                 self.open -= 1

@@ -59,7 +59,7 @@ export async function* chat(body, signal) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(chunk.error.message, 500, chunk.error.code);
-    if (chunk.usage) yield { usage: chunk.usage };
+    if (chunk.usage) yield { usage: chunk.usage, timings: chunk.timings };
     const choice = chunk.choices?.[0];
     if (!choice) continue;
     const { content, reasoning_content: thinking } = choice.delta ?? {};

@@ -37,13 +37,13 @@ function paint() {
   requestAnimationFrame(() => {
     painting = false;
     if (!running || running.chat !== chat) return;
-    const scroll = $("scroll");
-    const follow = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
+    const follow = atEnd();
     view.update(log.lastElementChild, running.message, true);
-    if (follow) scroll.scrollTop = scroll.scrollHeight;
+    if (follow) toEnd();
   });
 }
 
+const atEnd = () => $("scroll").scrollHeight - $("scroll").scrollTop - $("scroll").clientHeight < 80;
 const toEnd = () => ($("scroll").scrollTop = $("scroll").scrollHeight);
 
 function keep(kept = chat) {
@@ -86,7 +86,7 @@ async function answer() {
   render();
   toEnd();
   $("announce").textContent = "Answering";
-  const clock = { start: performance.now(), first: 0, last: 0, saved: performance.now(), pieces: 0, usage: null };
+  const clock = { start: performance.now(), first: 0, last: 0, saved: performance.now(), pieces: 0, usage: null, timings: null };
   try {
     await stream(body, mine, clock);
   } catch (error) {
@@ -95,10 +95,12 @@ async function answer() {
   }
   const tokens = clock.usage?.completion_tokens ?? clock.pieces;
   message.stats = speed(tokens, clock);
+  const follow = atEnd();
   running = null;
   if (mine.chat.messages.includes(message)) keep(mine.chat);
   const focused = document.activeElement === $("stop");
   render();
+  if (follow) toEnd();
   if (focused) box.focus();
   $("announce").textContent = message.error ?? `Answer: ${view.parts(message).content}`;
   memory();
@@ -112,8 +114,8 @@ function outgoing() {
 
 async function stream(body, { chat: of, message, abort }, clock) {
   for await (const piece of api.chat(body, abort.signal)) {
-    if (piece.usage) clock.usage = piece.usage;
-    if (piece.reason === "length") message.error = "The answer was cut: it reached max tokens or the end of the context.";
+    if (piece.usage) [clock.usage, clock.timings] = [piece.usage, piece.timings];
+    if (piece.reason === "length") message.note = "The answer ends here: it reached max tokens or the end of the context.";
     if (piece.text === undefined) continue;
     message.content += piece.text;
     if (piece.thinking) message.thinking = (message.thinking ?? "") + piece.thinking;
@@ -128,11 +130,12 @@ async function stream(body, { chat: of, message, abort }, clock) {
   }
 }
 
-/** "41.2 tokens/s · 120 tokens · 0.31 s to the first": the speed is from the first piece to the last. */
-function speed(tokens, { start, first, last }) {
+/** "41.2 tokens/s · 120 tokens · 0.31 s to the first": the speed is the server's; pieces arrive in bursts. */
+function speed(tokens, { start, first, last, timings }) {
   if (!first) return "";
   const words = [`${tokens} tokens`, `${((first - start) / 1000).toFixed(2)} s to the first`];
-  if (tokens > 1 && last > first) words.unshift(`${((tokens - 1) / (last - first) * 1000).toFixed(1)} tokens/s`);
+  const rate = timings ? timings.predicted_per_second : tokens > 1 && last > first ? (tokens - 1) / (last - first) * 1000 : null;
+  if (rate) words.unshift(`${rate.toFixed(1)} tokens/s`);
   return words.join(" · ");
 }
 

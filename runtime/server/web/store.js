@@ -74,7 +74,7 @@ function checked(value) {
   for (const m of value.messages) {
     if (!["user", "assistant"].includes(m?.role) || typeof m.content !== "string") return null;
     const message = { role: m.role, content: m.content };
-    for (const name of ["thinking", "stats", "error"]) if (typeof m[name] === "string") message[name] = m[name];
+    for (const name of ["thinking", "stats", "note", "error"]) if (typeof m[name] === "string") message[name] = m[name];
     messages.push(message);
   }
   return { id: value.id, title: String(value.title ?? ""), system: String(value.system ?? ""), messages, changed: Number(value.changed) || 0 };

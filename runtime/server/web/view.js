@@ -37,6 +37,14 @@ export function frame(message, index) {
   return made;
 }
 
+/** The one line of a class under a message: shown with this text, or not there. */
+function line(body, className, text) {
+  let made = body.querySelector(`:scope > .${className}`);
+  if (text && !made) body.append((made = element("p", { className })));
+  if (text) made.textContent = text;
+  else made?.remove();
+}
+
 /** Bring a frame up to date with its message. */
 export function update(made, message, running) {
   const body = made.querySelector(".body");
@@ -58,12 +66,8 @@ export function update(made, message, running) {
   let text = body.querySelector(".text");
   if (!text) body.append((text = element("div", { className: "text" })));
   show(text, content);
-  let error = body.querySelector(".error");
-  if (message.error && !error) body.append((error = element("p", { className: "error" })));
-  if (error) {
-    if (message.error) error.textContent = message.error;
-    else error.remove();
-  }
+  line(body, "note", message.note);
+  line(body, "error", message.error);
   made.querySelector(".stats").textContent = message.stats ?? "";
 }
 

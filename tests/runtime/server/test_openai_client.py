@@ -95,6 +95,9 @@ def test_chat_stream_is_the_same_text(story: openai.OpenAI, demo: Model) -> None
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 24
+    timings = chunks[-1].model_extra["timings"]
+    assert timings["predicted_n"] == 24 and timings["predicted_ms"] > 0 and timings["prompt_ms"] > 0
+    assert abs(timings["predicted_per_second"] * timings["predicted_ms"] / 1e3 - 23) < 0.5
     assert len({c.id for c in chunks}) == 1 and len(chunks) > 20
 
 
