@@ -20,6 +20,7 @@ MAX_RANK = (1 << 24) - 2
 MAX_STATES = 1 << 12
 MATCH = 0x8000  # in a transition: a match ends before this character
 STAYS = 0x100  # beside a combining class: by itself the form leaves the character as it is
+ITSELF = b"\xff"  # no byte of UTF-8
 PAGES = 0x110000 >> 8  # code points are looked up by page of 256
 MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio
 TOKEN_BUCKET, MERGE_BUCKET = 16, 8  # slots of a bucket: 64 bytes
@@ -231,7 +232,10 @@ class Automaton:
 
 
 def character_map(replaced: Mapping[int, bytes]) -> bytes:
-    """u32 entries, pages; u16 page[4352]; u16 entry + 1 or 0 (unchanged) by code point; u32 offsets; bytes."""
+    """u32 entries, pages; u16 page[4352]; u16 entry + 1 or 0 (unchanged) by code point; u32 offsets; bytes.
+
+    The byte ITSELF in a text stands for the character.
+    """
     texts = sorted(set(replaced.values()))
     numbers = {t: i + 1 for i, t in enumerate(texts)}
     values = np.zeros(0x110000, np.uint16)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.formats.vocab_tables import STAYS, Normal
+from halfbyte.formats.vocab_tables import ITSELF, STAYS, Normal
 
 _MARK = "|"  # between characters that are asked about together: no normaliser here touches it
 _HANGUL = range(0xAC00, 0xAC00 + 11172)
@@ -34,9 +34,10 @@ def matching(pattern: str) -> np.ndarray:
 
     text, points = _every(_CHANGING if _LETTER.match(pattern) else 0x110000)
     found = np.zeros(0x110000, bool)
-    for mark in "\x01\x02":  # either replaces itself unseen
-        replaced = normalizers.Replace(Regex(pattern), mark).normalize_str(text).encode("utf-32-le")
-        found[points] |= np.frombuffer(replaced, "<u4") != points
+    for mark, some in (("\x01", text), ("\x02", "\x01")):  # a mark replaces itself unseen
+        replaced = normalizers.Replace(Regex(pattern), mark).normalize_str(some).encode("utf-32-le")
+        of = points if some is text else np.array([1], "<u4")
+        found[of] |= np.frombuffer(replaced, "<u4") != of
     return found
 
 
@@ -80,7 +81,8 @@ def replaced_by(normalizer: Any) -> dict[int, bytes]:
     at = text.index(_MARK)
     out[at : at + 2] = [_MARK]
     assert len(out) == len(points)
-    return {int(p): new.encode() for p, old, new in zip(points, text, out) if old != new}
+    changed = ((int(p), old, new) for p, old, new in zip(points, text, out) if old != new)
+    return {p: new.encode().replace(old.encode(), ITSELF) for p, old, new in changed}
 
 
 def normal_form(name: str) -> Normal:

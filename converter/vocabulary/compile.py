@@ -30,6 +30,17 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
+def spelling(encoded: bytes, index: int | None) -> str:
+    """How a tokenizer spells a token; '' for None."""
+    import tokenizers
+
+    if index is None:
+        return ""
+    library = tokenizers.Tokenizer.from_str(encoded.decode("utf-8"))
+    added = library.get_added_tokens_decoder()
+    return added[index].content if index in added else library.id_to_token(index) or ""
+
+
 def compile_vocabulary(encoded: bytes, bos_id: int | None, add_bos: bool) -> bytes:
     """The section VOCB of a tokenizer that `import_tokenizer` made.
 
@@ -146,7 +157,6 @@ class _Compiler:
                 raise TokenizerError(f"the option {name}")
         pairs = self._merges()
         ignore = m.get("ignore_merges", False)
-        tokenize = self.library.model.tokenize
         self.v.flags |= vocab.FUSE_UNKNOWN if m.get("fuse_unk") else 0
         if self.byte_level:
             ids = [self.known.get(c, NONE) for c in sorted(self.alphabet, key=self.alphabet.__getitem__)]
@@ -166,12 +176,19 @@ class _Compiler:
             if text and len(text) <= vocab.MAX_TEXT:
                 texts.append(text)
                 numbers.append(index)
-                if ignore or [t.id for t in tokenize(piece)] == [index]:
-                    self.kinds[index] |= vocab.WHOLE
+        whole = numbers if ignore else [i for i, ids in zip(numbers, self._modelled(numbers)) if ids == [i]]
+        self.kinds[whole] |= vocab.WHOLE
         v.tables["token_hash"] = token_table(texts, numbers)
         if len(pairs):
             v.tables["merges"] = merge_table(pairs)
             v.tables["merged"] = np.array(self.merged, "<u4").tobytes()
+
+    def _modelled(self, numbers: list[int]) -> list[list[int]]:
+        """What the model alone makes of the spelling of each token."""
+        from tokenizers import Tokenizer
+
+        alone = Tokenizer(self.library.model)
+        return [e.ids for e in alone.encode_batch([self.pieces[i] for i in numbers], add_special_tokens=False)]
 
     @staticmethod
     def _starts_inside(texts: Any) -> bool:

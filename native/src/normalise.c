@@ -190,6 +190,18 @@ static hb_bytes normalised(hb_encoding *e, uint32_t i, hb_bytes text) {
 
 /* ---- maps and replacements ---- */
 
+/* The text of an entry, in which a byte 0xFF stands for the character itself. */
+static bool append_entry(hb_encoding *e, hb_buffer *out, hb_bytes text, hb_bytes self) {
+    const uint8_t *p = text.p, *const end = p + text.n;
+    while (p < end) {
+        const uint8_t *mark = memchr(p, 0xFF, (size_t)(end - p));
+        if (!hb_append(e, out, p, (size_t)((mark ? mark : end) - p))) return false;
+        if (mark && !hb_append(e, out, self.p, self.n)) return false;
+        p = mark ? mark + 1 : end;
+    }
+    return true;
+}
+
 static hb_bytes mapped(hb_encoding *e, uint32_t i, hb_bytes text) {
     const uint8_t *m = e->t->step[i].pattern.p, *index = m + 8, *numbers = index + 2 * HB_PAGES;
     const uint8_t *offsets = numbers + 512 * (size_t)hb_u32(m + 4);
@@ -207,7 +219,7 @@ static hb_bytes mapped(hb_encoding *e, uint32_t i, hb_bytes text) {
                        to = hb_u32(offsets + 4 * (size_t)entry);
         changed = true;
         if (!hb_append(e, out, copied, (size_t)(here - copied)) ||
-            !hb_append(e, out, texts + from, to - from))
+            !append_entry(e, out, (hb_bytes){texts + from, to - from}, (hb_bytes){here, (size_t)(p - here)}))
             return (hb_bytes){text.p, 0};
         copied = p;
     }
