@@ -120,6 +120,7 @@ def convert(
             _rotate(b)
         json, meta = _text(checkpoint, b.vocab)
         template = _unicode(checkpoint.chat_template or "", "the chat template")
+        extras = _extras(json, meta, template, note)
         total = sum(t.shape[0] * t.shape[1] for t in b.tensors if len(t.shape) == 2)
         parameters = total + sum(t.shape[0] for t in b.tensors if len(t.shape) == 1)
         meta |= _facts(checkpoint, b, Path(source), recipe_is, parameters)
@@ -175,7 +176,7 @@ def convert(
             used = allocate.choose(
                 b, goal, how.method, how.sequences(folder), how.weights, meta, folder,
                 held_out=held_out,
-                length=lambda: length(b, meta, json, template, prove.room() if prove else 0),
+                length=lambda: length(b, meta, json, template, prove.room() if prove else 0, extras),
                 convert=trial,
                 progress=progress,
             )  # fmt: skip
@@ -190,7 +191,7 @@ def convert(
             on_plan(used)
         assemble(
             b, out, meta, json, template, report, how.weights, quantizer(),
-            unfinished=unfinished, note=note, block=room.block, prove=prove,
+            unfinished=unfinished, note=note, block=room.block, prove=prove, extras=extras,
         )  # fmt: skip
     return out
 
@@ -318,6 +319,34 @@ def _text(checkpoint: Checkpoint, vocab: int) -> tuple[bytes, dict[str, Value]]:
     if bos is not None:
         meta["tokenizer.bos_id"] = bos
     return json, meta
+
+
+def _extras(
+    json: bytes, meta: dict[str, Value], template: str, note: Callable[[str], None] | None
+) -> dict[str, bytes]:
+    """Sections for readers without the libraries of Python; what has none is said in a note."""
+    from halfbyte.converter.chat.evaluate import compile_chat
+    from halfbyte.converter.vocabulary.compile import compile_vocabulary, spelling
+    from halfbyte.formats.errors import TokenizerError
+
+    extras: dict[str, bytes] = {}
+    texts = "", ""
+    if json:
+        bos: Any = meta.get("tokenizer.bos_id")
+        try:
+            extras["VOCB"] = compile_vocabulary(json, bos, bool(meta["tokenizer.add_bos"]))
+        except TokenizerError as error:
+            if note:
+                note(f"no tokenizer for C: the tables cannot hold {error}")
+        ends: Any = meta["tokenizer.eos_ids"]
+        texts = spelling(json, bos), spelling(json, ends[0] if ends else None)
+    if template:
+        try:
+            extras["CHAT"] = compile_chat(template, *texts)
+        except TokenizerError as error:
+            if note:
+                note(f"no chat for C: the template needs {error}")
+    return extras
 
 
 def _facts(checkpoint: Checkpoint, b: Any, source: Path, recipe: str, parameters: int) -> dict[str, Value]:

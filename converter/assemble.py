@@ -6,10 +6,11 @@ Memory stays bounded by a few blocks, whatever the size of the checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from halfbyte.converter.recipe import Storage
 from halfbyte.converter.unfinished import Note, Unfinished, identity
 from halfbyte.converter.weights import Weights, check_finite
 from halfbyte.formats import encodings, tiles
-from halfbyte.formats.container import SECTION_ALIGNMENT
+from halfbyte.formats.container import SECTION_ALIGNMENT, SECTIONS
 from halfbyte.formats.errors import CheckpointError
 from halfbyte.formats.metadata import Value
 from halfbyte.formats.writer import TensorSpec, Writer
@@ -74,6 +75,7 @@ def assemble(
     note: Note | None = None,
     block: int = BLOCK_WEIGHTS,
     prove: Callable[[Path], bytes] | None = None,
+    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write the file. `progress(tensor name, weights done)` is called after every block.
 
@@ -81,13 +83,16 @@ def assemble(
     matrices by another method than rounding to nearest, hands their planes to the sink and returns their indices.
     unfinished: where the file lies until it is complete, with the tensors that are whole already; `note` is told how
     many. block: weights to round at once. prove(path): the section PROF of the file, which is complete under that path
-    but for it.
+    but for it. extras: further sections behind DATA.
 
     Raises CheckpointError for weights that are not finite, HalfbyteError when the disk is full; in
     either case nothing remains under `path`.
     """
     aside = unfinished.file if unfinished else None
-    with _writer(b, path, meta, tokenizer, template, aside, ("PROF",) if prove else ()) as writer:
+    annotations = (*extras, "PROF") if prove else tuple(extras)
+    with _writer(b, path, meta, tokenizer, template, aside, annotations) as writer:
+        for kind, data in extras.items():
+            writer.annotate(kind, data)
         for i, t in enumerate(b.tensors):
             if isinstance(t, Vector):
                 writer.write(i, "values", 0, t.values)
@@ -165,10 +170,21 @@ def _layout(b: Builder, writer: Writer, meta: dict[str, Value], tokenizer: bytes
     return identity(parts, tensors, writer.placed, meta, hashlib.sha256(tokenizer).hexdigest(), template)
 
 
-def length(b: Builder, meta: dict[str, Value], tokenizer: bytes, template: str, proof: int = 0) -> int:
+def length(
+    b: Builder,
+    meta: dict[str, Value],
+    tokenizer: bytes,
+    template: str,
+    proof: int = 0,
+    extras: Mapping[str, bytes] = MappingProxyType({}),
+) -> int:
     """Bytes of the file that `assemble` would write, with a proof of so many bytes."""
-    writer = _writer(b, Path("unwritten"), meta, tokenizer, template, None, ("PROF",) if proof else ())
-    return tiles.align(writer.length, SECTION_ALIGNMENT) + proof if proof else writer.length
+    sections = {kind: len(data) for kind, data in extras.items()} | ({"PROF": proof} if proof else {})
+    end = _writer(b, Path("unwritten"), meta, tokenizer, template, None, tuple(sections)).length
+    for kind in SECTIONS:
+        if kind in sections:
+            end = tiles.align(end, SECTION_ALIGNMENT) + sections[kind]
+    return end
 
 
 def encode(

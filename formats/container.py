@@ -60,6 +60,8 @@ SECTIONS = {
     "DATA": SectionKind(True, "tensor bytes"),
     "PROF": SectionKind(False, "proof: how close the file is to its float model", 2, True),
     "KVMD": SectionKind(False, "how close each mode of the key/value caches is", 2, True),
+    "VOCB": SectionKind(False, "TOKN as tables, for readers without its library", 2, True),
+    "CHAT": SectionKind(False, "TMPL as the texts between messages", 2, True),
 }
 
 HEADER_DTYPE = np.dtype(

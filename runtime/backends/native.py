@@ -42,7 +42,7 @@ def library_path() -> Path | None:
 def declarations() -> str:
     """The C declarations of the public headers, without preprocessor lines."""
     lines: list[str] = []
-    for name in ("halfbyte.h", "halfbyte_ops.h", "halfbyte_program.h"):
+    for name in ("halfbyte.h", "halfbyte_tokenizer.h", "halfbyte_ops.h", "halfbyte_program.h"):
         skip = 0  # inside #ifdef __cplusplus
         for line in (_ROOT / "native" / "include" / name).read_text(encoding="utf-8").splitlines():
             if line.startswith("#ifdef __cplusplus"):
