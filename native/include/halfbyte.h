@@ -80,6 +80,9 @@ typedef struct hb_allocator {
 /* An allocator inside `memory`, which must outlive what is taken from it. Not for several threads at once. */
 HB_API int hb_arena(void *memory, size_t bytes, hb_allocator *out);
 
+/* SHA-256, which names files and ends session files. */
+HB_API void hb_digest(const void *data, size_t bytes, uint8_t digest[32]);
+
 /* ---- files --------------------------------------------------------------------------------------------- */
 
 typedef struct hb_file hb_file;

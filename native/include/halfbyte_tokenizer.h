@@ -20,6 +20,9 @@ typedef struct hb_tokenizer hb_tokenizer;
  */
 HB_API int hb_tokenizer_open(const void *vocb, size_t bytes, const hb_allocator *allocator,
                              hb_tokenizer **out);
+/* The same of an open file, which must outlive it; HB_ERROR_FORMAT also where the file has no such tables, since
+ * its tokenizer is of a kind that they cannot express, or it was written before there were any. */
+HB_API int hb_file_tokenizer(const hb_file *file, hb_tokenizer **out);
 HB_API void hb_tokenizer_free(hb_tokenizer *tokenizer);
 
 /* The highest id + 1, and the token that starts a text or -1. */
@@ -80,6 +83,8 @@ typedef struct hb_message {
  * than `capacity`. All messages have the size of the first. */
 HB_API int64_t hb_chat_render(const void *chat, size_t chat_bytes, const hb_message *messages, uint32_t count,
                               char *text, size_t capacity);
+/* The section CHAT of an open file for the two functions below; HB_ERROR_FORMAT where there is none. */
+HB_API int hb_file_chat(const hb_file *file, const void **chat, size_t *bytes);
 /* The ids of that prompt. Control tokens are those of the template: what a message spells is plain text. */
 HB_API int64_t hb_chat_tokenize(const void *chat, size_t chat_bytes, const hb_tokenizer *tokenizer,
                                 const hb_message *messages, uint32_t count, int32_t *ids, size_t capacity);

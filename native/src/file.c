@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "halfbyte_tokenizer.h"
 #include "matrix.h"
 #include "sha256.h"
 
@@ -16,11 +17,8 @@ static bool is_zero(const uint8_t *p, uint64_t bytes) {
 }
 
 static bool digest_is(const void *data, uint64_t bytes, const uint8_t digest[32]) {
-    hb_sha256 s;
     uint8_t found[32];
-    hb_sha256_start(&s);
-    hb_sha256_add(&s, data, (size_t)bytes);
-    hb_sha256_end(&s, found);
+    hb_digest(data, (size_t)bytes, found);
     return !memcmp(found, digest, 32);
 }
 
@@ -350,4 +348,22 @@ int hb_verify(const hb_file *f, hb_progress *progress, void *context) {
             return hb_fail(HB_ERROR_CANCELLED, "the check was cancelled");
     }
     return HB_OK;
+}
+
+int hb_file_tokenizer(const hb_file *f, hb_tokenizer **out) {
+    hb_span s;
+    *out = NULL;
+    int status = hb_read_section(f, "VOCB", &s);
+    if (!status && !s.bytes)
+        status = hb_fail(HB_ERROR_FORMAT, "the file has no tokenizer for C; convert it again, or see halfbyte info");
+    return status ? status : hb_tokenizer_open(s.data, (size_t)s.bytes, &f->allocator, out);
+}
+
+int hb_file_chat(const hb_file *f, const void **chat, size_t *bytes) {
+    hb_span s;
+    int status = hb_read_section(f, "CHAT", &s);
+    if (!status && !s.bytes)
+        status = hb_fail(HB_ERROR_FORMAT, "the file has no chat template of a shape that C knows");
+    *chat = s.data, *bytes = (size_t)s.bytes;
+    return status;
 }

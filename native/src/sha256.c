@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include "halfbyte.h"
+
 static const uint32_t constants[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
@@ -65,4 +67,11 @@ void hb_sha256_end(hb_sha256 *s, uint8_t digest[32]) {
     for (int i = 0; i < 8; i++) tail[1 + zeros + (size_t)i] = (uint8_t)(bits >> (56 - 8 * i));
     hb_sha256_add(s, tail, 1 + zeros + 8);
     for (int i = 0; i < 32; i++) digest[i] = (uint8_t)(s->state[i / 4] >> (24 - 8 * (i % 4)));
+}
+
+void hb_digest(const void *data, size_t bytes, uint8_t digest[32]) {
+    hb_sha256 s;
+    hb_sha256_start(&s);
+    hb_sha256_add(&s, data, bytes);
+    hb_sha256_end(&s, digest);
 }

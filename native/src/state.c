@@ -114,14 +114,11 @@ static int read_session(hb_model *m, const uint8_t *data, uint64_t bytes, const 
     uint32_t version, kv_bytes;
     uint64_t position;
     uint8_t found[32];
-    hb_sha256 digest;
     if (bytes < HEAD + 32 || memcmp(data, magic, 8)) return hb_fail(HB_ERROR_FORMAT, "not a session file");
     memcpy(&version, data + 40, 4), memcpy(&position, data + 44, 8), memcpy(&kv_bytes, data + 52, 4);
     if (version != VERSION)
         return hb_fail(HB_ERROR_FORMAT, "session version %u is not readable here", version);
-    hb_sha256_start(&digest);
-    hb_sha256_add(&digest, data, (size_t)bytes - 32);
-    hb_sha256_end(&digest, found);
+    hb_digest(data, (size_t)bytes - 32, found);
     if (memcmp(found, data + bytes - 32, 32))
         return hb_fail(HB_ERROR_FORMAT, "the session is damaged (its digest does not match)");
     if (memcmp(data + 8, m->file->header->digest, 32))

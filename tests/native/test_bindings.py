@@ -100,3 +100,20 @@ def test_a_jvm_gives_the_tokens_of_python(built: Path, file: Path, tmp_path: Pat
     assert lines[2] == "-10 cancelled"
     assert lines[3] == "true"
     assert lines[4].startswith("-9 absent.hb: ")
+
+
+def test_answers_of_the_assistant_are_replayed(built: Path, file: Path, tmp_path: Path, capsys) -> None:
+    """An app without Python keeps a log; Python gives every answer again, with the same keys and values."""
+    from halfbyte.runtime.cli import main
+
+    log, questions = tmp_path / "log.jsonl", 'Once upon a time\nIt "liked" to count: one, “two”\n\nThe end.\n'
+    for part in (questions, "Once more\n"):
+        done = subprocess.run(
+            [built / "assistant", file, log, "-n", "9", "-t", "2"], input=part.encode(), capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert main(["replay", str(log)]) == 0
+    assert "4 of 4 answers are the same" in capsys.readouterr().out
+    log.write_bytes(log.read_bytes().replace(b'"finish":"length"', b'"finish":"stop"', 1))
+    assert main(["replay", str(log)]) == 1
+    assert "was changed" in capsys.readouterr().out

@@ -183,7 +183,9 @@ def trained(name: str, text: str) -> Any:
     t = tokenizers.Tokenizer(model)
     t.normalizer, t.pre_tokenizer, t.decoder = normalizer or n.Sequence([]), pre, decoder
     t.train_from_iterator(lines, trainer)
-    t.add_tokens([AddedToken("foo bar", single_word=True), AddedToken("The"), AddedToken("  ", normalized=False)])
+    t.add_tokens(
+        [AddedToken("foo bar", single_word=True), AddedToken("The"), AddedToken("  ", normalized=False)]
+    )
     t.add_tokens([AddedToken("<x>", lstrip=True, rstrip=True, normalized=False)])
     t.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     return t
