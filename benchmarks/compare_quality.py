@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods import MODELS, Bench
+from methods import MODELS, Bench, Inputs
 
 import halfbyte
 from halfbyte.converter.builder import Matrix
@@ -108,7 +108,7 @@ class Quality(Bench):
     """The rows of one model."""
 
     def __init__(self, data: Path, name: str, folder: Path, python: str, policy: str):
-        super().__init__(data, name, folder)
+        super().__init__(Inputs.of(data, name), folder)
         self.python, self.policy = python, policy
         self.reference = halfbyte.load(self.reference.file.path, policy="f32", kv="f32")
         self.calibrate = folder / "calibration.txt"
