@@ -156,7 +156,7 @@ def quantize(
         raise UsageError(f"gptq does not know scales {scale_type}")
     rows, cols = w.shape
     e = encodings.BY_NAME[encoding]
-    out = {"codes": np.zeros((rows, cols), np.int8 if e.signed else np.uint8)}
+    out: dict[str, np.ndarray] = {"codes": np.zeros((rows, cols), np.int8 if e.signed else np.uint8)}
     if e.row_scale:
         out |= {
             "scales": np.zeros((rows, len(c.number)), np.uint8),
