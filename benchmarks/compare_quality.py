@@ -1,7 +1,7 @@
 """Quality at its size, beside llama.cpp's types: bits, bytes, nll, KL and top-1 against the float model.
 
     python benchmarks/compare_quality.py DATA [--models reference-7m ...] [--python PEER/bin/python] [--policy f32]
-        [--only ROW ...] [--also NAME=CHECKPOINT ...]
+        [--auto-round PEER/bin/python] [--only ROW ...] [--also NAME=CHECKPOINT ...]
 
 DATA is the folder of real models and texts; models, texts and the split between calibration and test are those of
 `methods.py`. All files, the peer's included, run here under one policy, so that only the weights differ: llama.cpp
@@ -10,27 +10,31 @@ are left out), and the importer takes its codes over exactly. Its importance mat
 inputs of every matrix but the embedding, as llama-imatrix's does, on the whole calibration text; ours see at most 64
 windows of that text (`+ text`), or by default text of the model's own and the built-in mix. `pure` is one type for
 every matrix, else the type's mixture. Types whose blocks do not fit a matrix's width are replaced by llama.cpp.
-`allocated` is `--target-bits` at the bits of the uniform recipe. `--also` adds other checkpoints of the model.
-Bits and bytes are of the matrices as stored, padding included.
+`--auto-round` names an interpreter that has auto-round: it learns 4-bit integers on the windows that `+ text` sees,
+with 200 iterations (Hugging Face folders only); its codes are kept, and the embedding, which it leaves alone, is
+rounded to q4 by us. `allocated` is `--target-bits` at the bits of the uniform recipe. `--also` adds other checkpoints
+of the model. Bits and bytes are of the matrices as stored, padding included.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods import MODELS, Bench
+from methods import MODELS, Bench, Inputs
 
 import halfbyte
 from halfbyte.converter.builder import Matrix
-from halfbyte.converter.calibrate import Calibration
+from halfbyte.converter.calibrate import SEQUENCES, Calibration
 from halfbyte.converter.calibration.statistics import Statistics
 from halfbyte.converter.checkpoints.bounded_file import BoundedFile
 from halfbyte.converter.checkpoints.gguf_file import GGUFFile
@@ -40,6 +44,7 @@ from halfbyte.runtime.bench import commit, machine_name
 from halfbyte.runtime.evaluate import evaluate
 
 ENGINE = Path(__file__).with_name("engine_llamacpp.py")
+LEARNER = Path(__file__).with_name("engine_auto_round.py")
 BASE = "Q4_0 imatrix"  # what the last column divides by
 
 # GGUF's names of what our programs hold as one matrix of several.
@@ -81,6 +86,19 @@ class Ours:
         return what + (f" {self.method}" if self.method != "auto" else "") + " + text" * self.text
 
 
+@dataclass(frozen=True)
+class Learned:
+    """AutoRound's 4-bit integers in groups."""
+
+    group: int
+
+    @property
+    def name(self) -> str:
+        """The row's."""
+        return f"auto-round g{self.group} + text"
+
+
+LEARNED = (Learned(32), Learned(64))
 PEERS = (
     Peer("Q4_0"),
     Peer("Q4_0", imatrix=False),
@@ -107,9 +125,9 @@ OURS = (
 class Quality(Bench):
     """The rows of one model."""
 
-    def __init__(self, data: Path, name: str, folder: Path, python: str, policy: str):
-        super().__init__(data, name, folder)
-        self.python, self.policy = python, policy
+    def __init__(self, data: Path, name: str, folder: Path, python: str, learner: str, policy: str):
+        super().__init__(Inputs.of(data, name), folder)
+        self.python, self.learner, self.policy = python, learner, policy
         self.reference = halfbyte.load(self.reference.file.path, policy="f32", kv="f32")
         self.calibrate = folder / "calibration.txt"
         self.calibrate.write_text(self.calibration_text)
@@ -118,15 +136,15 @@ class Quality(Bench):
         self.base: float | None = None
         if python and self.source.is_dir():
             self.gguf = folder / "float.gguf"
-            self.peer("--gguf", str(self.source), str(self.gguf))
+            self.peer(self.python, ENGINE, "--gguf", str(self.source), str(self.gguf))
         if python:
             np.savez(folder / "imatrix.npz", **self.importance())  # type: ignore[arg-type]
 
-    def peer(self, *arguments: str) -> None:
-        """Run llama.cpp's side."""
-        done = subprocess.run([self.python, str(ENGINE), *arguments], capture_output=True, text=True)
+    def peer(self, python: str, *arguments: str | Path) -> None:
+        """Run a peer's side."""
+        done = subprocess.run([python, *map(str, arguments)], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{self.python}: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"{python}: {done.stderr.strip().splitlines()[-1:]}")
 
     def importance(self) -> dict[str, np.ndarray]:
         """llama.cpp's importance matrix: float32[cols] by GGUF's name."""
@@ -154,8 +172,21 @@ class Quality(Bench):
         """The file imported from llama.cpp's, and its own bits per weight."""
         out = self.folder / "peer.gguf"
         options = ["pure"] * row.pure + [str(self.folder / "imatrix.npz")] * row.imatrix
-        self.peer("--quantize", str(self.gguf), str(out), row.type, "2", *options)
+        self.peer(self.python, ENGINE, "--quantize", self.gguf, out, row.type, "2", *options)
         return self.imported(out), gguf_bits(out)
+
+    def learned(self, row: Learned) -> tuple[Path, float]:
+        """AutoRound's codes, and an embedding of ours."""
+        length = max(map(len, self.ids))
+        ids, out = self.folder / "ids.npy", self.folder / "auto-round"
+        np.save(ids, [s for s in self.ids if len(s) == length][:SEQUENCES])
+        shutil.rmtree(out, ignore_errors=True)
+        self.peer(self.learner, "-I", LEARNER, self.source, out, ids, "--group", str(row.group))
+        found = next(out.rglob("config.json")).parent
+        path = halfbyte.convert(
+            found, self.folder / "peer.hb", recipe="q4", tokenizer=self.source, calibrate=self.calibrate
+        )
+        return path, halfbyte.load(path).facts()["bits_per_weight"]
 
     def imported(self, checkpoint: Path) -> Path:
         """A file with the codes of a checkpoint."""
@@ -189,16 +220,18 @@ def gguf_bits(path: Path) -> float:
 def table(args: argparse.Namespace, name: str) -> None:
     """Print the table of one model."""
     with tempfile.TemporaryDirectory() as folder:
-        q = Quality(args.data, name, Path(folder), args.python, args.policy)
+        q = Quality(args.data, name, Path(folder), args.python, args.auto_round, args.policy)
         nll = evaluate(q.reference, q.text, ctx=q.ctx)
         print(
             f"\n**{name}**, {nll['tokens']} tokens, float nll {nll['nll_per_token']:.5f}, policy {args.policy}\n"
         )
         print("| weights | bits | bytes | nll | KL mean | KL p99 | top-1 % | KL / Q4_0's |\n|" + "---|" * 8)
-        wanted = [r for r in (*(PEERS if args.python else ()), *OURS) if not args.only or r.name in args.only]
-        for row in wanted:
+        learned = LEARNED if args.auto_round and q.source.is_dir() else ()
+        rows: tuple[Peer | Learned | Ours, ...] = (*(PEERS if args.python else ()), *learned, *OURS)
+        make: dict[type, Callable] = {Peer: q.theirs, Learned: q.learned, Ours: q.ours}
+        for row in (r for r in rows if not args.only or r.name in args.only):
             try:
-                q.line(row.name, *(q.theirs(row) if isinstance(row, Peer) else q.ours(row)))
+                q.line(row.name, *make[type(row)](row))
             except (HalfbyteError, RuntimeError, KeyError) as error:
                 print(f"| {row.name} | not made: {error} |" + " |" * 6, flush=True)
         for pair in args.also:
@@ -215,6 +248,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--python", default="", help="the peer's interpreter")
+    parser.add_argument("--auto-round", default="", metavar="PYTHON", help="an interpreter with auto-round")
     parser.add_argument("--policy", default="f32")
     parser.add_argument("--only", nargs="+", metavar="ROW")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=CHECKPOINT")

@@ -1,13 +1,11 @@
 """What each quantisation method gains over searched round-to-nearest at equal bits, on held-out text.
 
     python benchmarks/methods.py DATA [--models tinystories-656k ...] [--encodings q4 i4:128] [--also NAME=FOLDER ...]
-    python benchmarks/methods.py DATA --activations
 
 DATA is the folder of real models and texts. Calibration and test text are disjoint parts. Every matrix but the
 embedding gets the encoding; the (tied) embedding stays q8 in every row, so rows of a table have equal bits. Weights
 are decoded to f32 and run under policy f32: the figures are of the weights alone. `--also` adds a row for a folder of
-decoded weights that another tool wrote. `--activations` instead quantises activations with one scale a token (W8A8,
-W8A4), emulated with NumPy, on models with outlier channels put in (function-preserving).
+decoded weights that another tool wrote.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,11 @@ from halfbyte.converter.builder import Builder, Matrix, Vector
 from halfbyte.converter.calibrate import Calibration
 from halfbyte.converter.calibration.statistics import Statistics
 from halfbyte.converter.checkpoints import open_checkpoint
-from halfbyte.converter.fold import MATRIX, Fold
+from halfbyte.converter.fold import Fold
 from halfbyte.converter.quantizers import _planes, autoround, awq, bias, gptq, rotation, smoothquant
 from halfbyte.converter.recipe import recipe
 from halfbyte.converter.weights import Weights
 from halfbyte.formats.writer import TensorSpec, Writer
-from halfbyte.runtime.backends.reference import Reference
 from halfbyte.runtime.bench import commit, machine_name
 from halfbyte.runtime.evaluate import evaluate, windows
 
@@ -52,21 +50,40 @@ MODELS: dict[str, tuple[str, str | None, str, tuple[int, int], tuple[int, int], 
 }  # fmt: skip
 
 
-class Bench:
-    """One model: its float file, calibration ids and test text."""
+DEMO = Path(halfbyte.runtime.bench.__file__).parent / "demo_model"
 
-    def __init__(self, data: Path, name: str, folder: Path):
-        source, tokenizer, text, test, calibration, self.ctx = MODELS[name]
-        demo = Path(halfbyte.runtime.bench.__file__).parent / "demo_model"
-        self.source = data / source if source else demo
-        self.tokenizer = None if tokenizer is None else data / tokenizer
-        self.folder = folder
-        self.reference = halfbyte.load(self.convert(self.source, "f32"), policy="f32")
-        raw = (data / text).read_bytes()
-        self.text, self.calibration_text = (
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model, a text to measure on and one to calibrate on, in windows of `ctx` tokens."""
+
+    source: Path
+    tokenizer: Path | None
+    text: str
+    calibration: str
+    ctx: int
+
+    @classmethod
+    def of(cls, data: Path, name: str) -> Inputs:
+        """One of MODELS."""
+        source, tokenizer, file, test, calibration, ctx = MODELS[name]
+        raw = (data / file).read_bytes()
+        text, other = (
             raw[a:z].decode("utf-8", "ignore").replace("<|endoftext|>", "\n\n")
             for a, z in (test, calibration)
         )
+        where = data / source if source else DEMO
+        return cls(where, None if tokenizer is None else data / tokenizer, text, other, ctx)
+
+
+class Bench:
+    """One model: its float file, calibration ids and test text."""
+
+    def __init__(self, inputs: Inputs, folder: Path):
+        self.source, self.tokenizer, self.ctx = inputs.source, inputs.tokenizer, inputs.ctx
+        self.text, self.calibration_text = inputs.text, inputs.calibration
+        self.folder = folder
+        self.reference = halfbyte.load(self.convert(self.source, "f32"), policy="f32")
         self.ids = windows(self.reference, self.calibration_text, self.ctx)
 
     def convert(self, source: Path, name: str) -> Path:
@@ -237,7 +254,7 @@ def weights_table(
 ) -> None:
     """Print one table; `only` names its methods."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(data, name, Path(folder))
+        bench = Bench(Inputs.of(data, name), Path(folder))
         print(f"\n**{name}, {encoding}" + (f" group {group}" if encoding != "q4" else "") + "**\n")
         print("| method | nll | KL mean | KL p99 | top-1 % | KL against rtn |\n|---|---|---|---|---|---|")
         base = None
@@ -276,79 +293,6 @@ def weights_table(
             line(label, bench.write(m.b, matrices))
 
 
-# ---- activations with one scale a token ---------------------------------------------------------
-
-
-def fake_quantize(x: np.ndarray, bits: int) -> np.ndarray:
-    """float32[T, K] rounded to symmetric integers of `bits` with one scale a token, amax / (2^(bits-1) - 1)."""
-    most = np.float32(2 ** (bits - 1) - 1)
-    scale = np.maximum(np.abs(x).max(axis=1, keepdims=True) / most, np.float32(1e-30))
-    return np.clip(np.rint(x / scale), -most, most) * scale
-
-
-class PerToken(Reference):
-    """The reference with per-token activations; `turns` holds the online Hadamard of some matrices' inputs."""
-
-    bits = 8
-    turns: dict[int, rotation.Rotation] = {}  # noqa: RUF012 (a subclass sets it)
-
-    def linear(self, step, x, matrix, bias):  # type: ignore[no-untyped-def]
-        """y = round(turn(x)) @ matrix^T + bias"""
-        if matrix in self.turns:
-            x = self.turns[matrix].apply(x.astype(np.float64), 0).astype(np.float32)
-        y = fake_quantize(x, self.bits) @ self._memo(matrix, "values").T
-        b = self._weight(bias)
-        return y if b is None else y + b
-
-
-def put_outliers(fold: Fold, seed: int = 0, count: int = 3, factor: float = 60.0) -> None:
-    """Make `count` channels of every site `factor` times as large, and the columns that read them smaller."""
-    rng = np.random.default_rng(seed)
-    for site in fold.sites:
-        if not site.obstacle:
-            s = np.ones(site.width)
-            s[rng.choice(site.width, count, replace=False)] = 1 / factor
-            fold.scale(site, s)
-
-
-def activations_table(data: Path, name: str) -> None:
-    """Print KL of W8A8 and W8A4 per token, weights q8, with and without smoothing and rotations."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(data, name, Path(folder))
-        bench.text, bench.ids = bench.text[:12_000], bench.ids[:32]
-        print(f"\n**{name}, outlier channels put in, weights q8, one activation scale a token**\n")
-        print("| activations | nothing | smooth 0.5 | smooth 0.7 | R1 R2 | R1 R2 R4 | smooth 0.5, R1 R2 R4 |")
-        print("|---|---|---|---|---|---|---|")
-        for bits in (8, 4):
-            cells = []
-            for what in ("nothing", 0.5, 0.7, "offline", "online", "all"):
-                m = Method(bench, "q8", 32)
-                put_outliers(m.fold)
-                turns: dict[int, rotation.Rotation] = {}
-                if isinstance(what, float):
-                    smoothquant.apply(m.fold, m.calibration, what)
-                elif what != "nothing":
-                    if what == "all":
-                        smoothquant.apply(m.fold, m.calibration)
-                    rotation.residual(m.fold)
-                    rotation.heads(m.fold)
-                    if what in ("online", "all"):
-                        rotation.online(m.fold)
-                        for i, r in list(enumerate(m.b._records))[::-1]:
-                            if r.op == "hadamard":  # emulated below until the runtime has the op
-                                turn = rotation.Rotation(np.ones(r.ins[0].width), 1, int(r.attrs["dim"]))
-                                turns[m.b._records[i + 1].weights[MATRIX]] = turn  # type: ignore[index]
-                                del m.b._records[i]
-                matrices = {
-                    t.name: _planes.decode(_planes.nearest(m.weights.rows(t), "q8"), "q8")
-                    for t in m.b.tensors if isinstance(t, Matrix)
-                }  # fmt: skip
-                backend = type("Emulated", (PerToken,), {"bits": bits, "turns": turns})
-                r = bench.measure(bench.write(m.b, matrices), backend)
-                cells.append(f"{r['kld_mean']:.5f}")
-            print(f"| A{bits} | " + " | ".join(cells) + " |", flush=True)
-
-
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(
@@ -361,13 +305,9 @@ def main() -> None:
         "--only", nargs="+", metavar="METHOD", help="rows of the table, by name; the first is the base"
     )
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--activations", action="store_true")
     args = parser.parse_args()
     print(f"python benchmarks/methods.py; {machine_name()}, commit {commit()}")
     for name in args.models:
-        if args.activations:
-            activations_table(args.data, name)
-            continue
         for encoding in args.encodings:
             kind, _, group = encoding.partition(":")
             weights_table(args.data, name, kind, int(group or 32), args.also, args.only)

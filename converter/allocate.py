@@ -104,6 +104,17 @@ class Allocation:
             return None
         return choice if self.bits(choice) >= bits - NEAR else None
 
+    def uniform(self, least: float) -> list[list[int]]:
+        """The plans with one encoding for every matrix, of at least so many bits."""
+        common = set.intersection(*map(set, self.names)) if self.names else set()
+        plans = [[row.index(e) for row in self.names] for e in sorted(common)]
+        return [p for p in plans if self.bits(p) >= least]
+
+    def fits(self, choice: Sequence[int], goal: Goal, length: Callable[[], int]) -> bool:
+        """Whether a plan lies within a goal of bits or bytes; leaves the builder with it."""
+        self.apply(choice)
+        return length() <= goal.nbytes if goal.nbytes is not None else self.bits(choice) <= (goal.bits or 0.0)
+
     def lightest(self) -> list[int]:
         """The smallest option of every matrix."""
         return [int(np.argmin(row)) for row in self.sizes]
@@ -186,6 +197,17 @@ class Allocation:
         return best
 
 
+def _closest(plans: Sequence[tuple[Allocation, list[int]]], measure: Callable[[], float]) -> tuple:
+    """The plan whose conversion is closest to the float model; one alone is not measured."""
+    if len(plans) == 1:
+        return plans[0]
+    found = []
+    for a, choice in plans:
+        a.apply(choice)
+        found.append(measure())
+    return plans[int(np.argmin(found))]
+
+
 def choose(
     b: Builder,
     goal: Goal,
@@ -228,14 +250,21 @@ def choose(
             )
         else:
             choice = solved(a)
-            a.apply(choice)
-            rival = Allocation(b, a.without(PLAIN))
-            if s.small and a.uses(choice, PLAIN) and (other := rival.rival(solved, a.bits(choice))):
+            plans = [(a, choice)]
+            if s.small and a.uses(choice, PLAIN):
                 # What is rounded plainly cannot make up for errors before it, which no measurement of one matrix
                 # shows: try the best plan without.
-                found = measure(s.text, s.reference)
-                rival.apply(other)
-                if measure(s.text, s.reference) <= found:
-                    a, choice = rival, other
+                rival = Allocation(b, a.without(PLAIN))
+                other = rival.rival(solved, a.bits(choice))
+                plans += [(rival, other)] if other else []
+            if s.small:
+                # Nor does any show what later matrices make up for. Where all cost about as much for their size,
+                # the best sum gains less than that, and one encoding for all may be better.
+                same = (p for p in a.uniform(a.bits(choice) - NEAR) if p != choice)
+                plans += [(a, p) for p in same if a.fits(p, goal, length)]
+            # on all there is, since plans differ by little
+            a, choice = _closest(
+                plans, lambda: measure(sequences, evaluate.logits(scratch.path, sequences, "f32"))
+            )
         a.apply(choice)
     return Table.of(b, method, measured)

@@ -10,6 +10,8 @@ floor(2 y) = i - HALF: levels are integers, so the thresholds between neighbours
 import numpy as np
 from numba import njit
 
+from halfbyte.converter.quantizers._grid import _odd, row_scale
+
 HALF = 512
 TABLE = 2 * HALF
 
@@ -17,12 +19,6 @@ TABLE = 2 * HALF
 @njit(inline="always")
 def _index(y):
     return np.uint32(min(max(np.floor(y + y) + np.float32(HALF), np.float32(0.0)), np.float32(TABLE - 1)))
-
-
-@njit(inline="always")
-def _odd(v):
-    """The odd integer nearest to v >= 0, within 1..127."""
-    return min(np.float32(2.0) * np.floor(v * np.float32(0.5)) + np.float32(1.0), np.float32(127.0))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -92,31 +88,9 @@ def free_scales(x, weight, starts, level, table_shift, ratios, d, sqq):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def row_scales(d, sqq, exponent, row, scale):
-    """The E6M2 row scale of each lane under which rounding every d to an odd multiple costs least.
-
-    Fills row[lanes] (the byte) and scale[lanes] (its value times 2^-exponent). Values near max|d| / 127 are tried;
-    smaller ones clip the largest groups, and may still win.
-    """
-    groups, lanes = d.shape
-    for i in range(lanes):
-        row[i], scale[i] = 0, np.float32(0.0)
-        largest = np.float32(0.0)
-        for g in range(groups):
-            largest = max(largest, abs(d[g, i]))
-        if largest == np.float32(0.0):
-            continue
-        first = 4 * (int(np.floor(np.log2(np.float64(largest) / 127.0))) + exponent[i] + 60)
-        lowest = np.inf
-        for r in range(max(1, min(first - 2, 255)), max(1, min(first + 7, 255)) + 1):
-            s = np.float32((1.0 + 0.25 * (r & 3)) * 2.0 ** ((r >> 2) - 60 - exponent[i]))
-            total = 0.0
-            for g in range(groups):
-                magnitude = abs(d[g, i])
-                e = np.float64(magnitude - s * _odd(magnitude / s))
-                total += sqq[g, i] * e * e
-            if total < lowest:
-                lowest = total
-                row[i], scale[i] = r, s
+    """`row_scale` of each lane of d[groups, lanes]: fills row[lanes] and scale[lanes]."""
+    for i in range(d.shape[1]):
+        row[i], scale[i] = row_scale(d[:, i], sqq[:, i], exponent[i])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -230,13 +204,12 @@ def descend_group(h, gradient, s, m, shift, level, q, error, change):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def refit_sub(h, gradient, scale, k, q, error, change):
-    """Move the sub-scale k of each lane to the odd integer that minimises e H e^T, codes fixed; see descend_group."""
+def response(h, gradient, q):
+    """(slope, curve), float32[lanes] each: q . gradient and q H q^T, of which the best step of a scale follows."""
     n, lanes = q.shape
-    gq = np.zeros(lanes, np.float32)
+    slope = np.zeros(lanes, np.float32)
     curve = np.zeros(lanes, np.float32)
     hq = np.empty(lanes, np.float32)
-    moved = 0
     for j in range(n):
         for i in range(lanes):
             hq[i] = np.float32(0.0)
@@ -245,26 +218,63 @@ def refit_sub(h, gradient, scale, k, q, error, change):
             for i in range(lanes):
                 hq[i] += f * q[p, i]
         for i in range(lanes):
-            gq[i] += gradient[j, i] * q[j, i]
+            slope[i] += gradient[j, i] * q[j, i]
             curve[i] += hq[i] * q[j, i]
-    for i in range(lanes):
-        step = gq[i] / (curve[i] * scale[i]) if curve[i] * scale[i] > np.float32(0.0) else np.float32(0.0)
-        new = np.float32(2.0) * np.floor((k[i] + step) * np.float32(0.5)) + np.float32(1.0)
-        new = min(max(new, np.float32(-127.0)), np.float32(127.0))
-        hq[i] = scale[i] * (k[i] - new)  # change of the error, a unit of q
-        moved += new != k[i]
-        k[i] = new
-    if moved:
-        for j in range(n):
+    return slope, curve
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def add_change(h, ds, dm, q, gradient, error, change):
+    """Add ds q + dm to the error of a group, and what follows from it to `change` and `gradient`."""
+    n, lanes = q.shape
+    delta = np.empty(lanes, np.float32)
+    for j in range(n):
+        for i in range(lanes):
+            delta[i] = ds[i] * q[j, i] + dm[i]
+            error[j, i] += delta[i]
+            change[j, i] += delta[i]
+        for p in range(n):
+            f = h[j, p]
             for i in range(lanes):
-                gq[i] = hq[i] * q[j, i]
-                error[j, i] += gq[i]
-                change[j, i] += gq[i]
-            for p in range(n):
-                f = h[j, p]
-                for i in range(lanes):
-                    gradient[p, i] += f * gq[i]
-    return moved
+                gradient[p, i] += f * delta[i]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def affine_errors(x, weight, s, m, shift, level):
+    """Weighted squared error[lanes] of a group x[n, lanes] ~ s (level + shift) + m, every code at its nearest."""
+    n, lanes = x.shape
+    inverse = np.empty(lanes, np.float32)
+    error = np.zeros(lanes, np.float32)
+    for i in range(lanes):
+        inverse[i] = np.float32(1.0) / s[i] if s[i] != np.float32(0.0) else np.float32(0.0)
+    for j in range(n):
+        w = weight[j]
+        for i in range(lanes):
+            q = level[_index((x[j, i] - m[i]) * inverse[i] - shift[i])] + shift[i]
+            e = x[j, i] - (s[i] * q + m[i])
+            error[i] += w * (e * e)
+    return error
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def affine_moments(x, weight, s, m, shift, level):
+    """float32[5, lanes]: weighted sums of 1, q, q q, x, q x, with q = level + shift as in `affine_errors`."""
+    n, lanes = x.shape
+    inverse = np.empty(lanes, np.float32)
+    sums = np.zeros((5, lanes), np.float32)
+    for i in range(lanes):
+        inverse[i] = np.float32(1.0) / s[i] if s[i] != np.float32(0.0) else np.float32(0.0)
+    for j in range(n):
+        w = weight[j]
+        for i in range(lanes):
+            v = x[j, i]
+            q = level[_index((v - m[i]) * inverse[i] - shift[i])] + shift[i]
+            sums[0, i] += w
+            sums[1, i] += w * q
+            sums[2, i] += w * q * q
+            sums[3, i] += w * v
+            sums[4, i] += w * q * v
+    return sums
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

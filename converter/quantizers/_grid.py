@@ -102,6 +102,34 @@ def _odd(v):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def row_scale(d, sqq, exponent):
+    """The E6M2 row scale under which rounding every d to an odd multiple costs least: (byte, value times 2^-exponent).
+
+    d[groups] are the free scales of a row and sqq[groups] what a unit of squared deviation costs. Values near
+    max|d| / 127 are tried; smaller ones clip the largest groups, and may still win. (0, 0) for a row of zeros.
+    """
+    row, scale = 0, np.float32(0.0)
+    largest = np.float32(0.0)
+    for g in range(len(d)):
+        largest = max(largest, abs(d[g]))
+    if largest == np.float32(0.0):
+        return row, scale
+    first = 4 * (int(np.floor(np.log2(np.float64(largest) / 127.0))) + exponent + 60)
+    lowest = np.inf
+    for r in range(max(1, min(first - 2, 255)), max(1, min(first + 7, 255)) + 1):
+        s = np.float32((1.0 + 0.25 * (r & 3)) * 2.0 ** ((r >> 2) - 60 - exponent))
+        total = 0.0
+        for g in range(len(d)):
+            magnitude = abs(d[g])
+            e = np.float64(magnitude - s * _odd(magnitude / s))
+            total += sqq[g] * e * e
+        if total < lowest:
+            lowest = total
+            row, scale = r, s
+    return row, scale
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def search(w, weight, levels, shifted, ratios, windows, codes, sub, row):
     """Quantise finite w[rows, cols] to one of the q family: fills codes[rows, cols], sub[rows, groups], row[rows].
 
@@ -176,29 +204,12 @@ def search(w, weight, levels, shifted, ratios, windows, codes, sub, row):
                     best_d[i] = sxq[i] / sqq[i] if sqq[i] > zero else d[i]
                     best_sqq[i] = sqq[i]
 
-        # Row scale: of the E6M2 values near max|d| / 127, the one under which rounding every d to an odd
-        # multiple costs least. Smaller ones clip the largest groups, and may still win.
         for n in range(height):
-            dmax = zero
-            for i in range(n * groups, (n + 1) * groups):
-                dmax = max(dmax, abs(best_d[i]))
-            row[top + n] = 0
-            if dmax == zero:
-                continue
-            first = 4 * (int(np.floor(np.log2(np.float64(dmax) / 127.0))) + exponent[n] + 60)
-            lowest = np.inf
-            for r in range(max(1, min(first - 2, 255)), max(1, min(first + 7, 255)) + 1):
-                s = np.float32((1.0 + 0.25 * (r & 3)) * 2.0 ** ((r >> 2) - 60 - exponent[n]))
-                total = 0.0
-                for i in range(n * groups, (n + 1) * groups):
-                    magnitude = abs(best_d[i])
-                    e = np.float64(magnitude - s * _odd(magnitude / s))
-                    total += best_sqq[i] * e * e
-                if total < lowest:
-                    lowest = total
-                    row[top + n] = r
-                    for i in range(n * groups, (n + 1) * groups):
-                        scale[i] = s
+            first, last = n * groups, (n + 1) * groups
+            row[top + n], unit = row_scale(best_d[first:last], best_sqq[first:last], exponent[n])
+            if row[top + n] != 0:
+                for i in range(first, last):
+                    scale[i] = unit
 
         # Fine pass: every odd k of the windows, both tables, the true error under the rounded scale.
         for i in range(lanes):

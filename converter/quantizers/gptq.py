@@ -23,7 +23,8 @@ from functools import lru_cache
 import numpy as np
 
 from halfbyte.converter.blas import Products, spans
-from halfbyte.converter.quantizers import _feedback
+from halfbyte.converter.quantizers import _feedback, rtn
+from halfbyte.converter.quantizers._scales import scales_of
 from halfbyte.formats import encodings
 from halfbyte.formats.errors import CheckpointError, UsageError
 
@@ -31,18 +32,6 @@ LANES = 128  # rows of one unit of work
 BLOCK = 128  # columns between two matrix products
 DAMPING = 0.01  # of the mean diagonal of H
 PASSES = 4  # of coordinate descent
-
-# Where the best scale of a group lies, as a multiple of the scale that puts its largest value on the negative or the
-# positive end of the level table; by bits of a code.
-WINDOWS = {
-    2: ((0.5, 1.4), (0.5, 1.4)),
-    3: ((0.75, 1.35), (0.75, 1.3)),
-    4: ((0.90, 1.24), (0.90, 1.16)),
-    5: ((0.93, 1.12), (0.93, 1.1)),
-    6: ((0.95, 1.08), (0.95, 1.08)),
-}
-RATIOS = (0.95, 1.01, 1.08)
-SMALLEST_ROW = 2.0**-57
 
 
 @dataclass(frozen=True)
@@ -124,20 +113,18 @@ def _permute(a: np.ndarray, order: np.ndarray) -> None:
 
 @lru_cache
 def tables(encoding: str) -> tuple[np.ndarray, np.ndarray]:
-    """(level float32, code uint8) over half units, see `_feedback`; for integer levels within -256..255."""
+    """(level float32, code uint8 or int8) over half units, see `_feedback`; for integer levels within -256..255."""
     e = encodings.BY_NAME[encoding]
-    if e.levels is not None:
-        levels = np.asarray(e.levels)
-    else:
-        levels = np.arange(-127, 128) if e.signed else np.arange(256)
+    levels = np.asarray(e.levels if e.levels is not None else range(-127, 128) if e.signed else range(256))
+    codes = levels.astype(np.int8) if e.signed else np.arange(len(levels), dtype=np.uint8)
     y = np.arange(-_feedback.HALF, _feedback.HALF) / 2 + 0.25  # the middle of each half unit: never a tie
     nearest = np.abs(y[:, None] - levels).argmin(axis=1)
-    return levels[nearest].astype(np.float32), nearest.astype(np.uint8)
+    return levels[nearest].astype(np.float32), codes[nearest]
 
 
 def supports(encoding: str) -> bool:
-    """Whether `quantize` knows the encoding: those with sub-scales under a row scale."""
-    return encodings.BY_NAME[encoding].row_scale
+    """Whether `quantize` knows the encoding: the q family, and integers with float scales, minima or zero points."""
+    return encodings.BY_NAME[encoding].row_scale or encoding in rtn.AFFINE
 
 
 def quantize(
@@ -148,26 +135,42 @@ def quantize(
     *,
     missing: np.ndarray | None = None,
     passes: int = PASSES,
+    scale_type: str = "f16",
 ) -> dict[str, np.ndarray]:
-    """w[rows, cols] -> codes uint8[rows, cols], scales uint8[rows, groups], row uint8[rows] of a table encoding.
+    """w[rows, cols] -> the planes of an encoding: codes uint8[rows, cols] (int8 for i8) and, of every group, scales.
+
+    The q family has scales uint8[rows, groups] and row uint8[rows]. The others have float32 scales and mins that
+    `scale_type` holds exactly, and uint8 zeros, as `rtn.quantize_affine` gives them; their groups are those of the
+    curvature.
 
     missing[rows, cols]: mean(y x^T), y being what the outputs miss because their inputs, or the residual that they
     are added to, already deviate from the float model. The part of y that is linear in x is made up for: the target
     becomes w + missing H^-1, which is exact where GPTAQ (arXiv 2504.02692) approximates.
 
-    passes: of coordinate descent after rounding. Raises UsageError for an encoding that `supports` does not know.
+    passes: of coordinate descent after rounding. Raises UsageError for an encoding that `supports` does not know,
+    CheckpointError for scales that do not fit their type.
     """
     if not supports(encoding):
         raise UsageError(f"gptq does not know encoding {encoding}")
+    if scale_type not in encodings.FLOAT_BYTES:
+        raise UsageError(f"gptq does not know scales {scale_type}")
     rows, cols = w.shape
-    out = {
-        "codes": np.zeros((rows, cols), np.uint8),
-        "scales": np.zeros((rows, len(c.number)), np.uint8),
-        "row": np.zeros(rows, np.uint8),
-    }
+    e = encodings.BY_NAME[encoding]
+    out: dict[str, np.ndarray] = {"codes": np.zeros((rows, cols), np.int8 if e.signed else np.uint8)}
+    if e.row_scale:
+        out |= {
+            "scales": np.zeros((rows, len(c.number)), np.uint8),
+            "row": np.zeros(rows, np.uint8),
+        }
+    else:
+        out["scales"] = np.zeros((rows, len(c.number)), np.float32)
+        if e.offset:
+            out[f"{e.offset}s"] = np.zeros(
+                (rows, len(c.number)), np.float32 if e.offset == "min" else np.uint8
+            )
 
     def work(s: slice) -> None:
-        lanes = _Rows(w[s], None if missing is None else missing[s], encoding, c)
+        lanes = _Rows(w[s], None if missing is None else missing[s], encoding, scale_type, c)
         lanes.round()
         for _ in range(passes):
             if not lanes.descend():
@@ -181,34 +184,24 @@ def quantize(
 class _Rows:
     """A few rows on their way: arrays [cols, lanes] in the order of the curvature, scaled below 1."""
 
-    def __init__(self, w: np.ndarray, missing: np.ndarray | None, encoding: str, c: Curvature):
-        e = encodings.BY_NAME[encoding]
+    def __init__(
+        self, w: np.ndarray, missing: np.ndarray | None, encoding: str, scale_type: str, c: Curvature
+    ):
         self.c = c
         self.level, self.code = tables(encoding)
-        self.table_shift = np.float32(e.shift)
-        self.windows = np.array(WINDOWS[e.bits], np.float32)
+        self.scales = scales_of(encoding, self.level, scale_type)
         target = np.asarray(w, np.float32)
         if missing is not None:
             target = target + self._solve(missing).T
         peak = np.abs(target).max(axis=1)
-        self.dead = peak < SMALLEST_ROW
+        self.dead = peak < self.scales.smallest
         # An exact power of two brings every row below 1, so that no square over- or underflows.
-        self.exponent = np.where(self.dead, 0, np.ceil(np.log2(np.where(self.dead, 1, peak)))).astype(
-            np.int64
-        )
-        self.w = np.ascontiguousarray(np.ldexp(target, -self.exponent[:, None].astype(np.int32)).T[c.order])
+        exponent = np.where(self.dead, 0, np.ceil(np.log2(np.where(self.dead, 1, peak)))).astype(np.int64)
+        self.w = np.ascontiguousarray(np.ldexp(target, -exponent[:, None].astype(np.int32)).T[c.order])
         self.w[:, self.dead] = 0
-        groups, lanes = len(c.number), len(w)
-        d, sqq = np.empty((groups, lanes), np.float32), np.empty((groups, lanes), np.float32)
-        ratios = np.array(RATIOS, np.float32)
-        _feedback.free_scales(self.w, c.d, c.groups, self.level, self.table_shift, ratios, d, sqq)
-        self.row, self.scale = np.empty(lanes, np.uint8), np.empty(lanes, np.float32)
-        _feedback.row_scales(d, sqq, self.exponent, self.row, self.scale)
-        self.k = np.ones((groups, lanes), np.float32)
-        self.shift = np.zeros((groups, lanes), np.float32)
+        self.scales.begin(self.w, c.d, c.groups, exponent)
         self.q = np.empty_like(self.w)
         self.error = np.empty_like(self.w)
-        self.none = np.zeros(lanes, np.float32)
 
     def _solve(self, missing: np.ndarray) -> np.ndarray:
         """[cols, lanes] in the matrix's order: missing H^-1, by H = U D U^T."""
@@ -228,91 +221,60 @@ class _Rows:
         out[c.order] = y
         return out
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of groups of about BLOCK columns."""
-        g = 0
+    def _blocks(self) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+        """Blocks of about BLOCK columns, and their groups with the columns of each."""
+        starts, g = self.c.groups.tolist(), 0
         while g < len(self.c.number):
             h = g + 1
-            while h < len(self.c.number) and self.c.groups[h + 1] - self.c.groups[g] <= BLOCK:
+            while h < len(self.c.number) and starts[h + 1] - starts[g] <= BLOCK:
                 h += 1
-            yield g, h
+            yield slice(starts[g], starts[h]), [(i, slice(starts[i], starts[i + 1])) for i in range(g, h)]
             g = h
 
     def round(self) -> None:
         """Scales and codes, group after group, every error fed forward."""
-        c = self.c
-        for first, last in self._blocks():
-            a, z = int(c.groups[first]), int(c.groups[last])
-            target = self.w[a:z].copy()
-            if a:
-                target += c.u[:a, a:z].T @ self.error[:a]
-            for g in range(first, last):
-                p, r = int(c.groups[g]), int(c.groups[g + 1])
-                if p > a:
-                    target[p - a : r - a] += np.ascontiguousarray(c.u[a:p, p:r].T) @ self.error[a:p]
-                part = target[p - a : r - a]
-                _feedback.search_sub(
-                    part,
-                    c.d[p:r],
-                    self.scale,
-                    self.level,
-                    self.table_shift,
-                    self.windows,
-                    self.k[g],
-                    self.shift[g],
-                )
-                u = np.ascontiguousarray(c.u[p:r, p:r])
+        u, scales = self.c.u, self.scales
+        for block, groups in self._blocks():
+            target = self.w[block].copy()
+            if block.start:
+                target += u[: block.start, block].T @ self.error[: block.start]
+            for g, s in groups:
+                part = target[s.start - block.start : s.stop - block.start]
+                before = slice(block.start, s.start)
+                if before.start < before.stop:
+                    part += np.ascontiguousarray(u[before, s].T) @ self.error[before]
+                scales.search(g, part, self.c.d[s])
                 _feedback.round_group(
-                    self.w[p:r],
-                    part,
-                    u,
-                    self.scale * self.k[g],
-                    self.none,
-                    self.shift[g],
-                    self.level,
-                    self.q[p:r],
-                    self.error[p:r],
-                )
+                    self.w[s], part, np.ascontiguousarray(u[s, s]), scales.s[g], scales.m[g], scales.shift[g],
+                    self.level, self.q[s], self.error[s],
+                )  # fmt: skip
 
     def descend(self) -> int:
-        """One pass over sub-scales and codes that lowers e H e^T; how many of them moved."""
-        c, moved = self.c, 0
-        gradient = c.h @ self.error
-        for first, last in self._blocks():
-            a, z = int(c.groups[first]), int(c.groups[last])
-            change = np.zeros((z - a, self.w.shape[1]), np.float32)
-            local = gradient[a:z].copy()
-            for g in range(first, last):
-                p, r = int(c.groups[g]), int(c.groups[g + 1])
-                h = np.ascontiguousarray(c.h[p:r, p:r])
-                own = change[p - a : r - a]
-                part = local[p - a : r - a]
-                moved += _feedback.refit_sub(
-                    h, part, self.scale, self.k[g], self.q[p:r], self.error[p:r], own
-                )
+        """One pass over scales and codes that lowers e H e^T; how many of them moved."""
+        h, scales, moved = self.c.h, self.scales, 0
+        gradient = h @ self.error
+        for block, groups in self._blocks():
+            change = np.zeros((block.stop - block.start, self.w.shape[1]), np.float32)
+            for g, s in groups:
+                own, part = change[s.start - block.start : s.stop - block.start], gradient[s]
+                square = np.ascontiguousarray(h[s, s])
+                moved += scales.refit(g, square, part, self.q[s], self.error[s], own)
                 moved += _feedback.descend_group(
-                    h,
-                    part,
-                    self.scale * self.k[g],
-                    self.none,
-                    self.shift[g],
-                    self.level,
-                    self.q[p:r],
-                    self.error[p:r],
-                    own,
-                )
-                if r < z:
-                    local[r - a :] += np.ascontiguousarray(c.h[p:r, r:z].T) @ own
-            if z < len(self.w):
-                gradient[z:] += c.h[z:, a:z] @ change
+                    square, part, scales.s[g], scales.m[g], scales.shift[g],
+                    self.level, self.q[s], self.error[s], own,
+                )  # fmt: skip
+                after = slice(s.stop, block.stop)
+                if after.start < after.stop:
+                    gradient[after] += np.ascontiguousarray(h[s, after].T) @ own
+            if block.stop < len(self.w):
+                gradient[block.stop :] += h[block.stop :, block] @ change
         return moved
 
     def store(self, out: dict[str, np.ndarray]) -> None:
         """Codes and scales in the matrix's own order."""
         c = self.c
-        shift = np.repeat(self.shift, np.diff(c.groups), axis=0)
+        shift = np.repeat(self.scales.shift, np.diff(c.groups), axis=0)
         index = (2 * (self.q - shift)).astype(np.int64) + _feedback.HALF
         out["codes"][:, c.order] = self.code[index].T
-        sub = (self.k.astype(np.int64) + 127) | (self.shift > 0)
-        out["scales"][:, c.number] = sub.T
-        out["row"][:] = np.where(self.dead, 0, self.row)
+        for name, values in self.scales.planes(c.number, self.dead):
+            out[name][:] = values

@@ -46,10 +46,32 @@ SEARCHES: dict[str, tuple[tuple[float, ...], tuple[Range, Range]]] = {
 # A column that calibration never excited may still be excited in use: it keeps this share of the mean.
 IMPORTANCE_FLOOR = 1e-4
 
-# Shares of a group's range cut off each end in the search for 4-bit ranges.
-CUTS = (0.0, 0.025, 0.05, 0.075, 0.1)
+# Shares of a group's range cut off each end in the search for the range of a few bits.
+CUTS = {
+    2: (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+    3: (0.0, 0.04, 0.08, 0.12, 0.16, 0.2),
+    4: (0.0, 0.025, 0.05, 0.075, 0.1),
+    5: (0.0, 0.02, 0.04, 0.06),
+    6: (0.0, 0.02, 0.04),
+    8: (0.0,),
+}
 # Multiples of the full-range symmetric scale, tried with both signs.
-RATIOS = (0.80, 0.84, 0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.12)
+RATIOS = {
+    2: (0.4, 0.48, 0.56, 0.64, 0.72, 0.8, 0.88, 0.96, 1.04, 1.12, 1.2),
+    3: (0.6, 0.66, 0.72, 0.78, 0.84, 0.9, 0.96, 1.02, 1.08, 1.14),
+    4: (0.80, 0.84, 0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.12),
+    5: (0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06),
+    6: (0.94, 0.96, 0.98, 1.0, 1.02, 1.04),
+}
+
+
+def _is_affine(e: encodings.Encoding) -> bool:
+    levels = e.levels
+    linear = levels is None or levels == tuple(range(int(levels[0]), int(levels[0]) + (1 << e.bits)))
+    return e.kind == "codes" and e.scale == "*" and linear
+
+
+AFFINE = tuple(e.name for e in encodings.ENCODINGS if _is_affine(e))
 
 
 def quantize_q8(w: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +132,7 @@ def quantize_table(
         low, high = _ranges(x, cols)
         peak = float(np.maximum(-low.min(), high.max()))  # unlike max(), keeps a NaN
         if not peak <= limit:
-            raise CheckpointError(_does_not_fit(encoding, peak))
+            raise CheckpointError(does_not_fit(encoding, peak))
         _grid.search(x, lane_weights, *table, codes[first:last], sub[first:last], row[first:last])
 
     _each_block(w, block)
@@ -127,14 +149,14 @@ def quantize_affine(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """w[rows, cols] -> (codes[rows, cols], scales[rows, groups], mins or None, zeros or None).
 
-    encoding is one of i8 i4 a8 a4 z8 z4; group 0 means the whole row. codes are int8 for i8, else uint8.
-    scales and mins are float32 that scale_type (f32, f16, bf16) holds exactly, zeros are uint8. At 8 bits the
-    range of the group is used as it is; at 4 bits a search over narrower ranges keeps the smallest squared
-    error. Scales are rounded before the codes are chosen; i4 scales may be negative. Raises UsageError for an
+    encoding is one of AFFINE; group 0 means the whole row. codes are int8 for i8, else uint8. scales and mins are
+    float32 that scale_type (f32, f16, bf16) holds exactly, zeros are uint8. At 8 bits the range of the group is used
+    as it is; at fewer a search over narrower ranges keeps the smallest squared error. Scales are rounded before the
+    codes are chosen; those of symmetric encodings of less than 8 bits may be negative. Raises UsageError for an
     impossible request, CheckpointError for values that are not finite or do not fit scale_type.
     """
-    if encoding not in ("i8", "i4", "a8", "a4", "z8", "z4"):
-        raise UsageError(f"{encoding!r} is not an affine encoding; choose i8, i4, a8, a4, z8 or z4")
+    if encoding not in AFFINE:
+        raise UsageError(f"{encoding!r} is not an affine encoding; choose one of: {', '.join(AFFINE)}")
     if scale_type not in encodings.FLOAT_BYTES:
         raise UsageError(f"unknown scale type {scale_type!r}; choose f32, f16 or bf16")
     if not encodings.group_is_valid(group):
@@ -160,23 +182,20 @@ def _affine(
     bits = encodings.BY_NAME[encoding].bits
     least, most = (-127.0, 127.0) if signed else (0.0, 2.0**bits - 1)
 
-    def stored(values: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            single = values.astype(np.float32)
-        return encodings.bits_to_float(encodings.float_to_bits(single, scale_type), scale_type)
-
     def block(first: int, last: int, x: np.ndarray) -> None:
         low, high = _ranges(x, width)
         peak = float(np.maximum(-low.min(), high.max()))  # unlike max(), keeps a NaN
         if not peak < np.inf:
-            raise CheckpointError(_does_not_fit(encoding, peak))
+            raise CheckpointError(does_not_fit(encoding, peak))
         limits = (np.float32(least), np.float32(most))
         error = np.empty(low.shape, np.float32)
         lowest = np.full(low.shape, np.inf, np.float32)
         out = (scales[first:last], mins[first:last], zeros[first:last])
-        for candidate in _candidates(encoding, low.astype(np.float64), high.astype(np.float64), most, stored):
+        for candidate in candidates(
+            encodings.BY_NAME[encoding], low.astype(np.float64), high.astype(np.float64), scale_type
+        ):
             if not all(np.isfinite(part).all() for part in candidate):
-                raise CheckpointError(_does_not_fit(f"{encoding} with {scale_type} scales", peak))
+                raise CheckpointError(does_not_fit(f"{encoding} with {scale_type} scales", peak))
             if bits == 8:  # the only candidate
                 for target, part in zip(out, candidate):
                     target[:] = part
@@ -193,33 +212,41 @@ def _affine(
     return codes if signed else codes.view(np.uint8), scales, mins, zeros.astype(np.uint8)
 
 
-def _candidates(
-    encoding: str,
-    low: np.ndarray,
-    high: np.ndarray,
-    most: float,
-    stored: Callable[[np.ndarray], np.ndarray],
+def stored(values: np.ndarray, scale_type: str) -> np.ndarray:
+    """Scales or minima float64 -> the float32 that is read back of them; infinite where they do not fit."""
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)
+    return encodings.bits_to_float(encodings.float_to_bits(single, scale_type), scale_type)
+
+
+def candidates(
+    e: encodings.Encoding, low: np.ndarray, high: np.ndarray, scale_type: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Scales, minima and zeros to try, float32[rows, groups], for groups that span low..high (float64)."""
+    """Scales, minima and zeros to try, float32 of any shape, for groups that span low..high (float64).
+
+    w is about scale * (code - zero) + minimum; the zero of a symmetric encoding is its middle code.
+    """
     nothing = np.zeros(low.shape, np.float32)
-    cuts = CUTS if most == 15 else (0.0,)
-    if encoding in ("q8", "i8"):
-        yield stored(np.maximum(-low, high) / most), nothing, nothing
-    elif encoding == "i4":
+    most = 127.0 if e.signed else 2.0**e.bits - 1
+    if e.signed:
+        yield stored(np.maximum(-low, high) / most, scale_type), nothing, nothing
+    elif not e.offset:
+        middle = 1 << (e.bits - 1)
         peak = np.where(high > -low, high, low)
-        for ratio in RATIOS:
-            for code in (-8, 8):
-                yield stored(peak / code * ratio), nothing, np.full(low.shape, 8, np.float32)
-    elif encoding in ("a8", "a4"):
-        for below in cuts:
-            for above in cuts:
+        for ratio in RATIOS[e.bits]:
+            for code in (-middle, middle):
+                yield stored(peak / code * ratio, scale_type), nothing, np.full(low.shape, middle, np.float32)
+    elif e.offset == "min":
+        for below in CUTS[e.bits]:
+            for above in CUTS[e.bits]:
                 span = high - low
-                yield stored(span * (1 - below - above) / most), stored(low + below * span), nothing
+                scale = stored(span * (1 - below - above) / most, scale_type)
+                yield scale, stored(low + below * span, scale_type), nothing
     else:
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
-        for below in cuts:
-            for above in cuts:
-                scale = stored((high * (1 - above) - low * (1 - below)) / most)
+        for below in CUTS[e.bits]:
+            for above in CUTS[e.bits]:
+                scale = stored((high * (1 - above) - low * (1 - below)) / most, scale_type)
                 steps = -low * (1 - below) / np.where(scale == 0, 1, scale)
                 zero = np.clip(np.rint(steps), 0, most).astype(np.float32)
                 yield scale, nothing, np.where(scale == 0, np.float32(0), zero)
@@ -296,7 +323,8 @@ def _check_importance(w: np.ndarray, importance: np.ndarray | None) -> np.ndarra
     return np.maximum(values / mean, IMPORTANCE_FLOOR).astype(np.float32)
 
 
-def _does_not_fit(encoding: str, peak: float) -> str:
+def does_not_fit(encoding: str, peak: float) -> str:
+    """What to say of a matrix whose largest magnitude, or a scale of it, an encoding cannot hold."""
     if not np.isfinite(peak):
         return "a weight is not finite; repair the checkpoint"
     return f"a weight of magnitude {peak:.4g} does not fit {encoding}; keep this tensor in f32"

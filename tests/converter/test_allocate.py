@@ -11,8 +11,9 @@ from small_model import TEXT, fails, quiet, write_checkpoint
 
 import halfbyte
 from halfbyte.converter.allocate import parse_size
-from halfbyte.converter.allocation.evaluate import divergence
+from halfbyte.converter.allocation.evaluate import Sensitivity, divergence
 from halfbyte.converter.allocation.solve import solve
+from halfbyte.converter.allocation.table import Measured
 from halfbyte.formats.container import File
 from halfbyte.formats.errors import UsageError
 from halfbyte.formats.tiles import P16
@@ -126,6 +127,27 @@ def test_target_bits(checkpoint: Path, tmp_path: Path) -> None:
         assert File(out).metadata["general.recipe"] == "plan"
         seen.append(encodings(out))
     assert len({json.dumps(e) for e in seen}) == 3 and any(len(set(e.values())) > 1 for e in seen)
+
+
+def test_one_encoding_for_all_where_it_is_closer(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sensitivities that mislead: they say that two bits cost nothing in half of the matrices."""
+    text, run = checkpoint.parent / "t.txt", Sensitivity.run
+
+    def misled(self: Sensitivity, progress: Any = None) -> dict[str, dict[str, Measured]]:
+        found = run(self, progress)
+        for name in list(found)[::2]:
+            found[name] = {e: Measured(m.kld / 1e4, m.error) for e, m in found[name].items()}
+        return found
+
+    monkeypatch.setattr(Sensitivity, "run", misled)
+    plain = halfbyte.convert(checkpoint, tmp_path / "u.hb", recipe="q4", calibrate=text)
+    size = bits(plain)
+    out = halfbyte.convert(checkpoint, tmp_path / "o.hb", target_bits=size, calibrate=text)
+    assert encodings(out) == encodings(plain)
+    out = halfbyte.convert(checkpoint, tmp_path / "o.hb", target_bits=size - 0.1, calibrate=text)
+    assert len(set(encodings(out).values())) > 1 and bits(out) < size  # it is not of that size
 
 
 def test_max_bytes(checkpoint: Path, tmp_path: Path) -> None:

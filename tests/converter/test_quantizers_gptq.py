@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from halfbyte.converter.blas import Products
-from halfbyte.converter.quantizers import gptq, rtn
+from halfbyte.converter.quantizers import _planes, gptq, rtn
+from halfbyte.formats import encodings
 from halfbyte.formats.encodings import dequantize
 from halfbyte.formats.errors import CheckpointError, UsageError
 
@@ -152,5 +153,95 @@ def test_refusals() -> None:
     with Products(1) as p:
         with pytest.raises(CheckpointError, match="not finite"):
             gptq.curvature(np.full((4, 4), np.nan), p)
-        with pytest.raises(UsageError, match="q8"):
-            gptq.quantize(w, "q8", gptq.curvature(hessian, p), p)
+        c = gptq.curvature(hessian, p)
+        for encoding in ("q8", "f16", "f8e4m3", "n4"):
+            with pytest.raises(UsageError, match=encoding):
+                gptq.quantize(w, encoding, c, p)
+        with pytest.raises(UsageError, match="k256"):
+            gptq.quantize(w, "a4", c, p, scale_type="k256")
+        with pytest.raises(CheckpointError, match="f16 scales"):
+            gptq.quantize(w * np.float32(1e9), "a4", c, p)
+
+
+# ---- integers with float scales, minima and zero points -----------------------------------------------------------
+
+
+def affine(
+    w: np.ndarray, hessian: np.ndarray, encoding: str, group: int = 32, threads: int = 1, **kw: object
+) -> dict[str, np.ndarray]:
+    with Products(threads) as p:
+        return gptq.quantize(w, encoding, gptq.curvature(hessian, p, group=group), p, **kw)  # type: ignore[arg-type]
+
+
+def affine_loss(
+    w: np.ndarray, planes: dict[str, np.ndarray], hessian: np.ndarray, encoding: str, group: int
+) -> float:
+    e = w.astype(np.float64) - _planes.decode(planes, encoding, group)
+    return float(np.einsum("ij,jk,ik->", e, hessian, e))
+
+
+def off_centre(rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
+    """A problem whose rows have means, so that minima and zero points have something to do."""
+    w, hessian = problem(rows, cols)
+    return w + 0.02 * np.random.default_rng(3).standard_normal((rows, 1)).astype(np.float32), hessian
+
+
+@pytest.mark.parametrize("encoding", rtn.AFFINE)
+def test_affine_output_error_is_far_below_that_of_rounding_to_nearest(encoding: str) -> None:
+    for rows, cols, group, scale_type in ((65, 172, 32, "f16"), (40, 130, 0, "f32"), (16, 96, 16, "bf16")):
+        w, hessian = off_centre(rows, cols)
+        start = _planes.nearest(w, encoding, group, scale_type)
+        plain = affine_loss(w, start, hessian, encoding, group)
+        greedy, planes = (
+            affine(w, hessian, encoding, group, passes=n, scale_type=scale_type) for n in (0, gptq.PASSES)
+        )
+        assert affine_loss(w, greedy, hessian, encoding, group) < 0.9 * plain
+        assert affine_loss(w, planes, hessian, encoding, group) < 0.75 * plain
+        for name, plane in start.items():  # the same planes, which the scale type holds
+            assert planes[name].dtype == plane.dtype and planes[name].shape == plane.shape
+            if name in ("scales", "mins"):
+                stored = encodings.float_to_bits(planes[name], scale_type)
+                assert (encodings.bits_to_float(stored, scale_type) == planes[name]).all()
+
+
+@pytest.mark.parametrize("encoding", ["i3", "a4", "z2", "z4"])
+def test_affine_no_single_code_can_lower_the_loss_after_enough_passes(encoding: str) -> None:
+    w, hessian = off_centre(9, 70)
+    planes = affine(w, hessian, encoding, passes=300)
+    damped = hessian + gptq.DAMPING * np.diagonal(hessian).mean() * np.eye(70)
+
+    def losses(p: dict[str, np.ndarray]) -> np.ndarray:
+        e = w.astype(np.float64) - _planes.decode(p, encoding, 32)
+        return np.einsum("ij,jk,ik->i", e, damped, e)
+
+    base, most = losses(planes), (1 << int(encoding[1])) - 1
+    for column in range(70):
+        for step in (-1, 1):
+            codes = planes["codes"].copy()
+            codes[:, column] = np.clip(codes[:, column].astype(int) + step, 0, most)
+            assert (losses({**planes, "codes": codes}) >= base * (1 - 1e-5)).all()
+
+
+def test_affine_minima_and_zero_points_are_used() -> None:
+    """Weights far from zero: a grid through zero would spend its levels where nothing is."""
+    w, hessian = problem(20, 96)
+    w += np.float32(1)
+    errors = {e: affine_loss(w, affine(w, hessian, e), hessian, e, 32) for e in ("i4", "a4", "z4")}
+    assert errors["a4"] < 0.05 * min(errors["i4"], errors["z4"])
+    w -= np.float32(0.97)  # one-sided, zero within reach
+    errors = {e: affine_loss(w, affine(w, hessian, e), hessian, e, 32) for e in ("i4", "a4", "z4")}
+    assert errors["z4"] < 0.7 * errors["i4"]
+
+
+def test_affine_dead_rows_small_scales_and_threads() -> None:
+    w, hessian = off_centre(300, 96)
+    w[3], hessian[10], hessian[:, 10] = 0, 0, 0
+    for encoding in ("i4", "i8", "a2", "z3"):
+        one = affine(w, hessian, encoding)
+        assert not _planes.decode(one, encoding, 32)[3].any()
+        two = affine(w, hessian, encoding, threads=3)
+        assert all((one[k] == two[k]).all() for k in one)
+        tiny = affine(np.ldexp(w, -40), hessian, encoding, scale_type="f32")
+        whole = affine(w, hessian, encoding, scale_type="f32")
+        assert (tiny["codes"] == whole["codes"]).all()
+        assert (np.ldexp(tiny["scales"], 40) == whole["scales"]).all()
