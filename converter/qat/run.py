@@ -26,6 +26,7 @@ from halfbyte.converter.quantizers import gptq
 from halfbyte.converter.unfinished import files_in, identity
 from halfbyte.converter.weights import Weights
 from halfbyte.formats.container import File
+from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import UsageError
 
 
@@ -109,7 +110,9 @@ def rounded(
     """
     matrices = {i: t for i, t in enumerate(b.tensors) if isinstance(t, Matrix) and not t.storage.packed}
     able = tokenizer and all(gptq.supports(t.storage.encoding) for t in matrices.values())
-    if options.start == "rtn" or (options.start == "auto" and not able):
+    # at 2 bits training gets further from where the weights are than from GPTQ's codes (benchmarks/LOG.md)
+    far = any(BY_NAME[t.storage.encoding].bits <= 2 for t in matrices.values())
+    if options.start == "rtn" or (options.start == "auto" and (far or not able)):
         return {}
     if not able:
         raise UsageError("--start gptq needs a tokenizer, and a recipe of q2 to q6")

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-rank", type=whole(0, 1 << 16), metavar="N", help="train changes of rank N: less memory"
     )
     loop.add_argument(
-        "--start", metavar="NAME", help="gptq or rtn: codes to start from (default: gptq if it can)"
+        "--start", metavar="NAME", help="gptq or rtn: codes to start from (default: gptq above 2 bits)"
     )
     loop.add_argument("--policy", metavar="NAME", help="i8g32: round activations too (default), or f32")
     loop.add_argument("--kv", metavar="MODE", help="round keys and values as this mode does (default: not)")
