@@ -288,7 +288,9 @@ class Writer:
         sections |= {k: (len(b), container.sha256(b)) for k, b in self._annotations.items()}
         offsets = layout((k, n) for k, (n, _) in sections.items())
         length = max(offsets[k] + n for k, (n, _) in sections.items())
-        os.ftruncate(self._fd, self.length)  # what an earlier seal left behind DATA lay elsewhere: padding is zero
+        os.ftruncate(
+            self._fd, self.length
+        )  # what an earlier seal left behind DATA lay elsewhere: padding is zero
         os.ftruncate(self._fd, length)
         for kind, blob in [*self._blobs.items(), *self._annotations.items()]:
             self._pwrite(blob, offsets[kind])

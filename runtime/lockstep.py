@@ -58,9 +58,9 @@ def lockstep(
     kv: str = "f32",
     against: Backend | None = None,
     by_record: dict[int, float] | None = None,
-    steps: Sequence[int] = ROWS,
+    rows_of: Sequence[int] = ROWS,
 ) -> list[Outcome]:
-    """Compare on seeded random token ids, for steps of so many rows in sequence, or beyond the first page.
+    """Compare on seeded random token ids, for steps of `rows_of` rows in sequence, or beyond the first page.
 
     Returns one outcome an (op, encoding), in order of first appearance. progress: called before every
     record with (op, records done, records in all). against: what to compare with, by default the reference under
@@ -73,7 +73,7 @@ def lockstep(
     kvs = KV(file.caches, kv), KV(file.caches, kv)
     found: dict[tuple[str, str], Outcome] = {}
     position = 0
-    for rows in (*steps, *MORE_ROWS) if kvs[0].modes and kvs[0].modes[0].packed else steps:
+    for rows in (*rows_of, *MORE_ROWS) if kvs[0].modes and kvs[0].modes[0].packed else rows_of:
         if position + rows > context:
             break
         ids = rng.integers(0, vocab, rows).astype(np.int32)

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from halfbyte.formats.vocab_tables import ITSELF, STAYS, Normal
 
 _MARK = "|"  # between characters that are asked about together: no normaliser here touches it
+_BLOCK = 4096  # of them
 _HANGUL = range(0xAC00, 0xAC00 + 11172)
 _CHANGING = 0x30000  # no character from here on has a case, a decomposition or a combining class
 _HIGHEST = "\u0345"  # the only mark of the last combining class
@@ -76,13 +78,16 @@ def isolated_by(pre_tokenizer: Any) -> np.ndarray:
 
 def replaced_by(normalizer: Any) -> dict[int, bytes]:
     """What a normaliser that looks at single characters makes of those that it changes."""
-    text, points = _every()
-    out = normalizer.normalize_str(_MARK.join(text)).split(_MARK)
-    at = text.index(_MARK)
-    out[at : at + 2] = [_MARK]
-    assert len(out) == len(points)
-    changed = ((int(p), old, new) for p, old, new in zip(points, text, out) if old != new)
-    return {p: new.encode().replace(old.encode(), ITSELF) for p, old, new in changed}
+    text, _ = _every()
+    found = dict[int, bytes]()
+    for at in range(0, len(text), _BLOCK):
+        block = text[at : at + _BLOCK].replace(_MARK, "")
+        joined = _MARK.join(block)
+        normal = normalizer.normalize_str(joined)
+        if normal != joined:
+            changed = ((old, new) for old, new in zip(block, normal.split(_MARK)) if old != new)
+            found |= {ord(old): new.encode().replace(old.encode(), ITSELF) for old, new in changed}
+    return found
 
 
 def normal_form(name: str) -> Normal:
@@ -116,7 +121,10 @@ def normal_form(name: str) -> Normal:
             if changes:
                 form.points[point] = ccc, ()
         elif changes or parts != old:
-            form.points[point] = ccc | (0 if changes else STAYS), tuple(map(ord, parts)) if parts != old else ()
+            form.points[point] = (
+                ccc | (0 if changes else STAYS),
+                tuple(map(ord, parts)) if parts != old else (),
+            )
     return form
 
 
@@ -144,11 +152,13 @@ def _combining_classes(characters: list[str]) -> dict[int, int]:
         return [c for c, t in zip(candidates, texts) if plain[c] == c and t[1:2] == c]
 
     moved = before(_HIGHEST, characters)
-    marks = {unicodedata.combining(c): c for c in reversed(moved)} | {unicodedata.combining(_HIGHEST): _HIGHEST}
+    marks = {unicodedata.combining(c): c for c in reversed(moved)} | {
+        unicodedata.combining(_HIGHEST): _HIGHEST
+    }
     marks.pop(0, None)
     found = {ord(c): known for known, c in marks.items()}
     ascending = sorted(marks)
-    for lower, known in zip(ascending, ascending[1:]):
+    for lower, known in pairwise(ascending):
         for c in before(marks[known], moved):
             found.setdefault(ord(c), lower)
     return {p: k for p, k in found.items() if k}

@@ -176,8 +176,8 @@ class _Compiler:
             if text and len(text) <= vocab.MAX_TEXT:
                 texts.append(text)
                 numbers.append(index)
-        whole = numbers if ignore else [i for i, ids in zip(numbers, self._modelled(numbers)) if ids == [i]]
-        self.kinds[whole] |= vocab.WHOLE
+        chosen = numbers if ignore else [i for i, ids in zip(numbers, self._modelled(numbers)) if ids == [i]]
+        self.kinds[chosen] |= vocab.WHOLE
         v.tables["token_hash"] = token_table(texts, numbers)
         if len(pairs):
             v.tables["merges"] = merge_table(pairs)
@@ -188,7 +188,9 @@ class _Compiler:
         from tokenizers import Tokenizer
 
         alone = Tokenizer(self.library.model)
-        return [e.ids for e in alone.encode_batch([self.pieces[i] for i in numbers], add_special_tokens=False)]
+        return [
+            e.ids for e in alone.encode_batch([self.pieces[i] for i in numbers], add_special_tokens=False)
+        ]
 
     @staticmethod
     def _starts_inside(texts: Any) -> bool:

@@ -2,8 +2,9 @@
  *
  *     assistant MODEL.hb LOG.jsonl [-n TOKENS] [-t THREADS] < questions, one a line
  *
- * A model with a chat template answers as its assistant, any other continues the text. The lines of the log are
- * those of runtime/replay.py: `halfbyte replay LOG.jsonl` answers them again and reports every one that differs. */
+ * A model with a chat template answers as its assistant, any other continues the text. The lines of the log
+ * are those of runtime/replay.py: `halfbyte replay LOG.jsonl` answers them again and reports every one that
+ * differs. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -80,7 +81,8 @@ static void last_chain(FILE *log) {
     static char tail[67];
     memset(chain, '0', 64);
     if (fseek(log, -(long)sizeof tail, SEEK_END)) return;
-    if (fread(tail, 1, sizeof tail, log) == sizeof tail && !memcmp(tail + 64, "\"}\n", 3)) memcpy(chain, tail, 64);
+    if (fread(tail, 1, sizeof tail, log) == sizeof tail && !memcmp(tail + 64, "\"}\n", 3))
+        memcpy(chain, tail, 64);
 }
 
 static int answer(const char *question, uint32_t most, FILE *log, const char *path) {
@@ -115,7 +117,8 @@ static int answer(const char *question, uint32_t most, FILE *log, const char *pa
         if (*finish == 's') break;
         ids[n] = next;
         const int64_t bytes = hb_detokenize(&stream, next, text, LINE);
-        if (bytes > 0) add(&shown, text, (size_t)bytes), fwrite(text, 1, (size_t)bytes, stdout), fflush(stdout);
+        if (bytes > 0)
+            add(&shown, text, (size_t)bytes), fwrite(text, 1, (size_t)bytes, stdout), fflush(stdout);
         if (n + 1 == most) { /* the last token is not fed: the session holds what made it */
             n++;
             break;

@@ -20,8 +20,8 @@ typedef struct hb_tokenizer hb_tokenizer;
  */
 HB_API int hb_tokenizer_open(const void *vocb, size_t bytes, const hb_allocator *allocator,
                              hb_tokenizer **out);
-/* The same of an open file, which must outlive it; HB_ERROR_FORMAT also where the file has no such tables, since
- * its tokenizer is of a kind that they cannot express, or it was written before there were any. */
+/* The same of an open file, which must outlive it; HB_ERROR_FORMAT also where the file has no such tables,
+ * since its tokenizer is of a kind that they cannot express, or it was written before there were any. */
 HB_API int hb_file_tokenizer(const hb_file *file, hb_tokenizer **out);
 HB_API void hb_tokenizer_free(hb_tokenizer *tokenizer);
 
@@ -70,8 +70,8 @@ HB_API int64_t hb_detokenize_finish(hb_detokenizer *stream, char *text, size_t c
 /* ---- chat ---------------------------------------------------------------------------------------------- */
 
 /* Conversations of an optional system message, then user and assistant in turn, as the model's chat template
- * writes them: the section CHAT of a file (SPEC.md section 15). A template that is not of that shape has none,
- * and one that takes no system message refuses it: HB_ERROR_ARGUMENT says so by name. */
+ * writes them: the section CHAT of a file (SPEC.md section 15). A template that is not of that shape has
+ * none, and one that takes no system message refuses it: HB_ERROR_ARGUMENT says so by name. */
 typedef struct hb_message {
     size_t size;
     const char *role; /* "system", "user" or "assistant" */
@@ -79,8 +79,8 @@ typedef struct hb_message {
     size_t bytes;
 } hb_message;
 
-/* The prompt, up to the opening of the assistant's turn: its bytes, of which none are written if they are more
- * than `capacity`. All messages have the size of the first. */
+/* The prompt, up to the opening of the assistant's turn: its bytes, of which none are written if they are
+ * more than `capacity`. All messages have the size of the first. */
 HB_API int64_t hb_chat_render(const void *chat, size_t chat_bytes, const hb_message *messages, uint32_t count,
                               char *text, size_t capacity);
 /* The section CHAT of an open file for the two functions below; HB_ERROR_FORMAT where there is none. */

@@ -355,7 +355,8 @@ int hb_file_tokenizer(const hb_file *f, hb_tokenizer **out) {
     *out = NULL;
     int status = hb_read_section(f, "VOCB", &s);
     if (!status && !s.bytes)
-        status = hb_fail(HB_ERROR_FORMAT, "the file has no tokenizer for C; convert it again, or see halfbyte info");
+        status = hb_fail(HB_ERROR_FORMAT,
+                         "the file has no tokenizer for C; convert it again, or see halfbyte info");
     return status ? status : hb_tokenizer_open(s.data, (size_t)s.bytes, &f->allocator, out);
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from halfbyte.runtime.backends.native import load_library
 
@@ -64,7 +63,10 @@ class CTokenizer:
         return bytes(self.ffi.buffer(text[0], size[0])[:])
 
 
-_LETTERS = " \n\r\t'sStTlLdDaZ019.,!?-_/\u00e9\u4f60\u017f\u0301\u0323\u00a0\u2028\u2581\u1100\u1161\u11a8\uac00\u0130\u200d"
+_LETTERS = (
+    " \n\r\t'sStTlLdDaZ019.,!?-_/"
+    "\u00e9\u4f60\u017f\u0301\u0323\u00a0\u2028\u2581\u1100\u1161\u11a8\uac00\u0130\u200d"
+)
 _WORDS = (
     "the",
     " of",

@@ -41,7 +41,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("name", tiny.case_names())
 def test_lockstep_of_every_model_type(model_file, name: str) -> None:
     for policy in POLICIES:
-        for outcome in lockstep(File(model_file(name)), "cuda", policy, steps=(5, 1)):
+        for outcome in lockstep(File(model_file(name)), "cuda", policy, rows_of=(5, 1)):
             assert outcome.ok, (policy, outcome)
 
 
@@ -49,7 +49,7 @@ def test_lockstep_of_every_model_type(model_file, name: str) -> None:
 def test_every_op_and_encoding(case: Case, tmp_path: Path) -> None:
     file = case.tiny().write(tmp_path / "case.hb")
     for policy in ("f32", "i8g32"):
-        for outcome in lockstep(file, "cuda", policy, steps=(1, 9)):
+        for outcome in lockstep(file, "cuda", policy, rows_of=(1, 9)):
             # sums of small programs are set up to cancel, so that a row's largest value says little of its terms
             assert outcome.worst <= max(outcome.tolerance, 1e-4 if outcome.op == "linear" else 0), (
                 policy,
