@@ -58,7 +58,8 @@ def compile_chat(template: str, bos: str, eos: str) -> bytes:
         found.trims = _trims(t, found)
         _check(t, found, _conversations())
         thoughts = [[("user", "a"), ("assistant", x), ("user", "b")] for x in _THOUGHTS]
-        thoughts += [[*talk, ("assistant", "c"), ("user", "d")] for talk in thoughts]  # some keep those of the last answer
+        # some keep the thoughts of the last answer
+        thoughts += [[*talk, ("assistant", "c"), ("user", "d")] for talk in thoughts]
         for flags in (0, chat.AFTER_THOUGHT, chat.AFTER_THOUGHT | chat.KEEP_NEWLINES):
             found.flags = flags
             if not _differs(t, found, thoughts):
