@@ -1,4 +1,4 @@
-"""The section CHAT: what a chat template does to plain conversations, as texts between messages (SPEC.md section 15)."""
+"""The section CHAT: what a chat template does to plain conversations, as texts between messages (SPEC.md 15)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class Chat:
 
 def encode(c: Chat) -> bytes:
     """The section."""
-    texts, rows = b"", []
+    texts = b""
+    rows: list[int] = []
     for row in range(4):
         for column in range(4):
             text = c.joints.get((row, column))

@@ -199,7 +199,7 @@ def _check_step(s: Step, normalizer: bool) -> None:
     limit = {"prepend": UNLESS_THERE | FIRST_ONLY, "split": INVERT | 7}.get(s.kind, 0)
     if s.flags & ~limit or (s.kind == "split" and (s.flags & 7) > max(BEHAVIOURS.values())):
         raise bad(f"a step {s.kind} has unknown flags")
-    if len(s.text) > MAX_TEXT or s.kind in ("prepend", "literal") and len(s.pattern) > MAX_TEXT:
+    if len(s.text) > MAX_TEXT or (s.kind in ("prepend", "literal") and len(s.pattern) > MAX_TEXT):
         raise bad(f"the text of a step {s.kind} is too long")
     s.text.decode("utf-8")
     if s.kind == "normal":
@@ -255,7 +255,9 @@ def _check_tokens(v: Vocab) -> None:
 
 def _check_model(v: Vocab) -> None:
     present = {name for name in ("token_hash", "merges", "merged", "scores", "trie") if v.tables[name]}
-    needed = {"bpe": {"token_hash"}, "unigram": {"token_hash", "scores", "trie"}, "wordpiece": {"trie"}}[v.model]
+    needed = {"bpe": {"token_hash"}, "unigram": {"token_hash", "scores", "trie"}, "wordpiece": {"trie"}}[
+        v.model
+    ]
     allowed = needed | ({"merges", "merged"} if v.model == "bpe" else set())
     if not needed <= present <= allowed:
         raise bad(f"the tables are not those of a {v.model} model")
@@ -269,7 +271,11 @@ def _check_model(v: Vocab) -> None:
     if len(merges) % MERGE_BUCKET or (len(merges) and len(used) == len(merges)) or len(merged) > MAX_RANK + 1:
         raise bad("the table of merges is no whole number of buckets or has no free slot")
     ids = np.stack([used >> np.uint64(44), (used >> np.uint64(24)) & np.uint64(0xFFFFF)])
-    if (ids >= v.count).any() or ((used & np.uint64(0xFFFFFF)) >= len(merged)).any() or (merged >= v.count).any():
+    if (
+        (ids >= v.count).any()
+        or ((used & np.uint64(0xFFFFFF)) >= len(merged)).any()
+        or (merged >= v.count).any()
+    ):
         raise bad("a merge is out of range")
     if v.tables["trie"]:
         check_trie(v.tables["trie"], v.count)

@@ -40,7 +40,7 @@ def hash_bytes(texts: Sequence[bytes]) -> np.ndarray:
     words = (h + np.uint64(7)) >> np.uint64(3)
     for i in range(int(words.max(initial=0))):
         rows = np.flatnonzero(words > i)
-        chunk = b"".join(texts[r][8 * i : 8 * i + 8].ljust(8, b"\0") for r in rows)
+        chunk = b"".join(texts[r][8 * i : 8 * i + 8].ljust(8, b"\0") for r in rows.tolist())
         x = (h[rows] ^ np.frombuffer(chunk, "<u8")) * np.uint64(MULTIPLIER)
         h[rows] = x ^ (x >> np.uint64(32))
     return h
@@ -158,8 +158,10 @@ def check_trie(data: bytes, values: int) -> None:
 def pages(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint16 page of each 256 code points, and the distinct pages: a two-stage table of one number a code point."""
     rows = values.reshape(PAGES, 256)
-    distinct, index = np.unique(rows, axis=0, return_inverse=True)
-    return index.reshape(-1).astype("<u2"), distinct
+    first: dict[bytes, int] = {}
+    index = [first.setdefault(row.tobytes(), len(first)) for row in rows]
+    distinct = np.frombuffer(b"".join(first), values.dtype).reshape(-1, 256)
+    return np.array(index, "<u2"), distinct
 
 
 def _page_index(data: bytes, at: int, count: int) -> np.ndarray:
@@ -286,14 +288,13 @@ class Normal:
         for point, record in self.points.items():
             values[point] = numbers[record]
         index, table = pages(values)
-        records, characters = [], []
+        records: list[int] = []
+        characters: list[int] = []
         for ccc, text in distinct:
             records += [ccc, len(characters), len(text)]
             characters += text
         triples = [x for (a, b), c in sorted(self.pairs.items()) for x in (a, b, c)]
-        head = struct.pack(
-            "<5I", self.compose, len(distinct), len(characters), len(self.pairs), len(table)
-        )
+        head = struct.pack("<5I", self.compose, len(distinct), len(characters), len(self.pairs), len(table))
         tail = np.array([*records, *characters, *triples], "<u4").tobytes()
         return head + index.tobytes() + table.astype("<u2").tobytes() + tail
 

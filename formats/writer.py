@@ -288,6 +288,7 @@ class Writer:
         sections |= {k: (len(b), container.sha256(b)) for k, b in self._annotations.items()}
         offsets = layout((k, n) for k, (n, _) in sections.items())
         length = max(offsets[k] + n for k, (n, _) in sections.items())
+        os.ftruncate(self._fd, self.length)  # what an earlier seal wrote behind DATA may lie elsewhere now
         os.ftruncate(self._fd, length)
         for kind, blob in [*self._blobs.items(), *self._annotations.items()]:
             self._pwrite(blob, offsets[kind])

@@ -57,7 +57,11 @@ def compile_chat(template: str, bos: str, eos: str) -> bytes:
         found = Chat(_joints(t))
         found.trims = _trims(t, found)
         _check(t, found, _conversations())
-        thoughts = [[("user", "a"), ("assistant", x), ("user", "b")] for x in _THOUGHTS]
+        thoughts = [
+            [("user", "a"), ("assistant", x), ("user", "b"), *last]
+            for x in _THOUGHTS
+            for last in ([], [("assistant", x), ("user", "c")])
+        ]
         for flags in (0, chat.AFTER_THOUGHT, chat.AFTER_THOUGHT | chat.KEEP_NEWLINES):
             found.flags = flags
             if not _differs(t, found, thoughts):

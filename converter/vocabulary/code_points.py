@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 from halfbyte.formats.vocab_tables import ITSELF, STAYS, Normal
 
 _MARK = "|"  # between characters that are asked about together: no normaliser here touches it
+_BLOCK = 4096  # of them
 _HANGUL = range(0xAC00, 0xAC00 + 11172)
 _CHANGING = 0x30000  # no character from here on has a case, a decomposition or a combining class
 _HIGHEST = "\u0345"  # the only mark of the last combining class
@@ -41,16 +43,20 @@ def matching(pattern: str) -> np.ndarray:
     return found
 
 
-def split_by(pre_tokenizer: Any) -> np.ndarray:
+@lru_cache(maxsize=4)
+def dropped_by(name: str) -> np.ndarray:
     """bool[0x110000]: the characters that a pre-tokenizer drops."""
+    from tokenizers import pre_tokenizers
+
     text, points = _every()
     found = np.ones(0x110000, bool)
-    for _, (start, stop) in pre_tokenizer.pre_tokenize_str(text):
+    for _, (start, stop) in getattr(pre_tokenizers, name)().pre_tokenize_str(text):
         found[points[start:stop]] = False
     found[0xD800:0xE000] = False
     return found
 
 
+@lru_cache(maxsize=1)
 def word_characters() -> np.ndarray:
     """bool[0x110000]: \\w of Rust's regular expressions, which know other letters than Oniguruma's."""
     from tokenizers import pre_tokenizers
@@ -63,28 +69,39 @@ def word_characters() -> np.ndarray:
     return found
 
 
-def isolated_by(pre_tokenizer: Any) -> np.ndarray:
-    """bool[0x110000]: the characters that a pre-tokenizer makes words of their own, also beside their like."""
+@lru_cache(maxsize=2)
+def isolated_by(name: str) -> np.ndarray:
+    """bool[0x110000]: the characters that Digits or Punctuation makes words of their own."""
+    from tokenizers import pre_tokenizers
+
+    made = {
+        "Digits": pre_tokenizers.Digits(individual_digits=True),
+        "Punctuation": pre_tokenizers.Punctuation(),
+    }
+    cut = made[name].pre_tokenize_str
     text, points = _every()
     found = np.zeros(0x110000, bool)
-    singles = [s for _, (s, e) in pre_tokenizer.pre_tokenize_str(text) if e == s + 1]
-    for at in singles:
-        pieces = pre_tokenizer.pre_tokenize_str(text[at] * 2)
-        found[points[at]] = len(pieces) == 2
+    for _, (start, stop) in cut(text):
+        if stop == start + 1:
+            found[points[start]] = len(cut(text[start] * 2)) == 2  # a lone other character is one word
     return found
 
 
 def replaced_by(normalizer: Any) -> dict[int, bytes]:
     """What a normaliser that looks at single characters makes of those that it changes."""
-    text, points = _every()
-    out = normalizer.normalize_str(_MARK.join(text)).split(_MARK)
-    at = text.index(_MARK)
-    out[at : at + 2] = [_MARK]
-    assert len(out) == len(points)
-    changed = ((int(p), old, new) for p, old, new in zip(points, text, out) if old != new)
-    return {p: new.encode().replace(old.encode(), ITSELF) for p, old, new in changed}
+    text, _ = _every()
+    found: dict[int, bytes] = {}
+    for at in range(0, len(text), _BLOCK):
+        block = text[at : at + _BLOCK].replace(_MARK, "")
+        joined = _MARK.join(block)
+        normal = normalizer.normalize_str(joined)
+        if normal != joined:
+            changed = ((old, new) for old, new in zip(block, normal.split(_MARK)) if old != new)
+            found |= {ord(old): new.encode().replace(old.encode(), ITSELF) for old, new in changed}
+    return found
 
 
+@lru_cache(maxsize=4)
 def normal_form(name: str) -> Normal:
     """NFC, NFD, NFKC or NFKD as the library has it."""
     from tokenizers import normalizers
@@ -116,7 +133,10 @@ def normal_form(name: str) -> Normal:
             if changes:
                 form.points[point] = ccc, ()
         elif changes or parts != old:
-            form.points[point] = ccc | (0 if changes else STAYS), tuple(map(ord, parts)) if parts != old else ()
+            form.points[point] = (
+                ccc | (0 if changes else STAYS),
+                tuple(map(ord, parts)) if parts != old else (),
+            )
     return form
 
 
@@ -144,11 +164,13 @@ def _combining_classes(characters: list[str]) -> dict[int, int]:
         return [c for c, t in zip(candidates, texts) if plain[c] == c and t[1:2] == c]
 
     moved = before(_HIGHEST, characters)
-    marks = {unicodedata.combining(c): c for c in reversed(moved)} | {unicodedata.combining(_HIGHEST): _HIGHEST}
+    marks = {unicodedata.combining(c): c for c in reversed(moved)} | {
+        unicodedata.combining(_HIGHEST): _HIGHEST
+    }
     marks.pop(0, None)
     found = {ord(c): known for known, c in marks.items()}
     ascending = sorted(marks)
-    for lower, known in zip(ascending, ascending[1:]):
+    for lower, known in itertools.pairwise(ascending):
         for c in before(marks[known], moved):
             found.setdefault(ord(c), lower)
     return {p: k for p, k in found.items() if k}

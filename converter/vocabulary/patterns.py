@@ -16,12 +16,14 @@ import numpy as np
 
 from halfbyte.converter.vocabulary.code_points import matching
 from halfbyte.formats.errors import TokenizerError
-from halfbyte.formats.vocab_tables import MATCH, MAX_STATES, Automaton
+from halfbyte.formats.vocab_tables import MATCH, MAX_STATES, Automaton, pages
 
 _MAX_REPEATS = 64
 _SEVERAL = ("ss", "st", "ff", "fi", "fl")  # letters that one character folds to
 _REPEAT = re.compile(r"\{(\d*)(,?)(\d*)\}")
-_ESCAPE = re.compile(r"\\(?:[pP]\{\^?\w+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[sSdDwW]|[^A-Za-z0-9])|\\[nrtfv]")
+_ESCAPE = re.compile(
+    r"\\(?:[pP]\{\^?\w+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[sSdDwW]|[^A-Za-z0-9])|\\[nrtfv]"
+)
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ def automaton(node: Node, named: dict[str, np.ndarray] | None = None) -> Automat
             raise TokenizerError("a pattern has too many sets of characters")
         given = (named or {}).get(key)
         members |= (_characters(key) if given is None else given).astype(np.uint64) << np.uint64(bit)
-    kinds, classes = np.unique(members, return_inverse=True)
+    index, distinct = pages(members)
+    kinds, numbers = np.unique(distinct, return_inverse=True)
     if len(kinds) > 255:
         raise TokenizerError("a pattern has too many classes of characters")
     symbols: list[int | None] = [int(k) for k in kinds]
@@ -295,14 +298,18 @@ def automaton(node: Node, named: dict[str, np.ndarray] | None = None) -> Automat
             elif isinstance(what, AtStart):
                 pending += to if at_start else ()
             elif isinstance(what, Ahead):
-                holds = what.end if symbol is None else bool(what.key) and (symbol >> sets[what.key] & 1) != what.negated
+                holds = (
+                    what.end
+                    if symbol is None
+                    else bool(what.key) and (symbol >> sets[what.key] & 1) != what.negated
+                )
                 pending += to if holds else ()
             elif isinstance(what, Characters) and symbol is not None and symbol >> sets[what.key] & 1:
                 after += [] if to[0] in after else to
         return tuple(after), False
 
     states: dict[tuple[tuple[int, ...], bool], int] = {((), False): 0}
-    pending = [((p.begin,), True), ((p.begin,), False)]
+    pending: list[tuple[tuple[int, ...], bool]] = [((p.begin,), True), ((p.begin,), False)]
     start = []
     for state in pending:
         states[state] = len(states)
@@ -324,4 +331,5 @@ def automaton(node: Node, named: dict[str, np.ndarray] | None = None) -> Automat
             row.append(states[to] | (MATCH if matched else 0))
         rows[states[state]] = row
     table = np.array([rows[i] for i in range(len(states))], np.uint16)
-    return Automaton(classes.astype(np.uint8).reshape(-1), table, (start[0], start[1]))
+    classes = numbers.astype(np.uint8).reshape(distinct.shape)[index].reshape(-1)
+    return Automaton(classes, table, (start[0], start[1]))

@@ -310,7 +310,7 @@ typedef struct hb_mode_rule {
 } hb_mode_rule;
 
 #define HB_OP_TABLE {{"embed", 1, 1, 0, 1, 1, 0, {0}, 0}, {"pick", 2, 1, 1, 0, 0, 0, {0}, 0}, {"rmsnorm", 3, 1, 1, 0, 1, 2, {1, 0}, 1}, {"layernorm", 4, 1, 1, 0, 3, 2, {1, 0}, 1}, {"linear", 5, 1, 1, 1, 3, 0, {0}, 0}, {"add", 6, 1, 2, 0, 0, 1, {1}, 1}, {"mul", 7, 1, 2, 0, 0, 0, {0}, 1}, {"unary", 8, 1, 1, 0, 0, 2, {2, 1}, 1}, {"glu", 9, 1, 1, 0, 0, 1, {2}, 0}, {"rope", 10, 1, 1, 1, 1, 2, {0, 1}, 1}, {"kv_put", 11, 0, 2, 0, 0, 1, {0}, 0}, {"attend", 12, 1, 1, 0, 0, 3, {0, 1, 1}, 0}, {"gather", 13, 1, 1, 1, 1, 0, {0}, 0}, {"hadamard", 14, 1, 1, 0, 0, 1, {0}, 1}}
-#define HB_SECTION_TABLE {{"META", 1}, {"TOKN", 0}, {"TMPL", 0}, {"SLOT", 1}, {"KVCA", 1}, {"PROG", 1}, {"TENS", 1}, {"DATA", 1}, {"PROF", 0}, {"KVMD", 0}}
+#define HB_SECTION_TABLE {{"META", 1}, {"TOKN", 0}, {"TMPL", 0}, {"SLOT", 1}, {"KVCA", 1}, {"PROG", 1}, {"TENS", 1}, {"DATA", 1}, {"PROF", 0}, {"KVMD", 0}, {"VOCB", 0}, {"CHAT", 0}}
 #define HB_KEY_TABLE {{"general.name", 4, 0}, {"general.model_type", 4, 0}, {"general.source_format", 4, 0}, {"general.source_digest", 4, 0}, {"general.tool_version", 4, 0}, {"general.recipe", 4, 0}, {"general.parameters", 2, 0}, {"model.vocab_size", 2, 1}, {"model.context_length", 2, 1}, {"model.layers", 2, 0}, {"model.hidden_size", 2, 0}, {"tokenizer.bos_id", 2, 0}, {"tokenizer.eos_ids", 6, 0}, {"tokenizer.add_bos", 1, 0}, {"generation.temperature", 3, 0}, {"generation.top_k", 2, 0}, {"generation.top_p", 3, 0}}
 #define HB_MODE_TABLE {{"f32", 0, 0}, {"f16", 1, 1}, {"k8v8", 2, 2}, {"k8v4", 2, 3}, {"k4v4", 3, 3}, {"tq4", 7, 7}, {"tq3.5", 7, 6}, {"tq3", 6, 6}, {"tq2.5", 6, 5}, {"tq2", 5, 5}}
 #define HB_SIDE_NAME_TABLE {"f32", "f16", "8", "4", "t1", "t2", "t3", "t4"}

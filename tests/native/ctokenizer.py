@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from halfbyte.runtime.backends.native import load_library
 
@@ -64,8 +63,28 @@ class CTokenizer:
         return bytes(self.ffi.buffer(text[0], size[0])[:])
 
 
-_LETTERS = " \n\r\t'sStTlLdDaZ019.,!?-_/\u00e9\u4f60\u017f\u0301\u0323\u00a0\u2028\u2581\u1100\u1161\u11a8\uac00\u0130\u200d"
-_WORDS = ("the", " of", "Hello", "world", " ", "  ", "123", "don't", "I'LL", "\n", "\r\n", "<|", "|>", "</s", "\u2581", "##")
+_LETTERS = (
+    " \n\r\t"
+    "'sStTlLdDaZ019.,!?-_/\u00e9\u4f60\u017f\u0301\u0323\u00a0\u2028\u2581\u1100\u1161\u11a8\uac00\u0130\u200d"
+)  # noqa: E501
+_WORDS = (
+    "the",
+    " of",
+    "Hello",
+    "world",
+    " ",
+    "  ",
+    "123",
+    "don't",
+    "I'LL",
+    "\n",
+    "\r\n",
+    "<|",
+    "|>",
+    "</s",
+    "\u2581",
+    "##",
+)
 
 
 def strings(seed: int, count: int, spelled: Sequence[str] = (), text: str = "") -> list[str]:
@@ -73,7 +92,14 @@ def strings(seed: int, count: int, spelled: Sequence[str] = (), text: str = "") 
     r = random.Random(seed)
 
     def anything() -> str:
-        ranges = ((0x20, 0x7F), (0x20, 0x250), (0x300, 0x3000), (0x1E00, 0xD800), (0xE000, 0x20000), (0xE000, 0x110000))
+        ranges = (
+            (0x20, 0x7F),
+            (0x20, 0x250),
+            (0x300, 0x3000),
+            (0x1E00, 0xD800),
+            (0xE000, 0x20000),
+            (0xE000, 0x110000),
+        )
         return chr(r.randrange(*r.choice(ranges)))
 
     found = []
