@@ -1,8 +1,8 @@
-/* libFuzzer: a section VOCB and a text. The input is u32 bytes of the section, the section, then the text, or with
- * 0 bytes patches to the section in $HALFBYTE_VOCB: u32 offset, u8 value, until an offset of all ones.
+/* libFuzzer: a section VOCB and a text. The input is u32 bytes of the section, the section, then the text, or
+ * with 0 bytes patches to the section in $HALFBYTE_VOCB: u32 offset, u8 value, until an offset of all ones.
  *
- * clang -g -O1 -fsanitize=fuzzer,address,undefined -Iinclude -Isrc -DHB_X86=0 -DHB_ARM=0 -DHB_AVXVNNI=0 -D_GNU_SOURCE
- *     fuzz/fuzz_tokenizer.c src/{vocab,tokenizer*,normalise,detokenize,chat,memory}.c */
+ * clang -g -O1 -fsanitize=fuzzer,address,undefined -Iinclude -Isrc -DHB_X86=0 -DHB_ARM=0 -DHB_AVXVNNI=0
+ * -D_GNU_SOURCE fuzz/fuzz_tokenizer.c src/{vocab,tokenizer*,normalise,detokenize,chat,memory}.c */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -67,8 +67,8 @@ HB_API int64_t hb_detokenize_finish(hb_detokenizer *stream, char *text, size_t c
 /* ---- chat ---------------------------------------------------------------------------------------------- */
 
 /* Conversations of an optional system message, then user and assistant in turn, as the model's chat template
- * writes them: the section CHAT of a file (SPEC.md section 15). A template that is not of that shape has none,
- * and one that takes no system message refuses it: HB_ERROR_ARGUMENT says so by name. */
+ * writes them: the section CHAT of a file (SPEC.md section 15). A template that is not of that shape has
+ * none, and one that takes no system message refuses it: HB_ERROR_ARGUMENT says so by name. */
 typedef struct hb_message {
     size_t size;
     const char *role; /* "system", "user" or "assistant" */
@@ -76,8 +76,8 @@ typedef struct hb_message {
     size_t bytes;
 } hb_message;
 
-/* The prompt, up to the opening of the assistant's turn: its bytes, of which none are written if they are more
- * than `capacity`. All messages have the size of the first. */
+/* The prompt, up to the opening of the assistant's turn: its bytes, of which none are written if they are
+ * more than `capacity`. All messages have the size of the first. */
 HB_API int64_t hb_chat_render(const void *chat, size_t chat_bytes, const hb_message *messages, uint32_t count,
                               char *text, size_t capacity);
 /* The ids of that prompt. Control tokens are those of the template: what a message spells is plain text. */

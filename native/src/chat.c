@@ -24,12 +24,15 @@ static int open_chat(const void *section, size_t bytes, chat *c) {
     const uint8_t *p = section;
     memset(c, 0, sizeof *c);
     if (!section || !bytes)
-        return hb_fail(HB_ERROR_ARGUMENT, "the file has no section CHAT: its chat template, if any, needs Python");
+        return hb_fail(HB_ERROR_ARGUMENT,
+                       "the file has no section CHAT: its chat template, if any, needs Python");
     if (bytes < HEAD) return hb_fail(HB_ERROR_FORMAT, "the section CHAT is damaged: it is cut off");
     if (hb_u32(p) != 1)
-        return hb_fail(HB_ERROR_FORMAT, "the section CHAT has version %u; a newer halfbyte may know it", hb_u32(p));
+        return hb_fail(HB_ERROR_FORMAT, "the section CHAT has version %u; a newer halfbyte may know it",
+                       hb_u32(p));
     c->flags = hb_u32(p + 4), c->trims = hb_u32(p + 8);
-    if (c->flags > 15 || c->trims >> 12) return hb_fail(HB_ERROR_FORMAT, "the section CHAT is damaged: unknown flags");
+    if (c->flags > 15 || c->trims >> 12)
+        return hb_fail(HB_ERROR_FORMAT, "the section CHAT is damaged: unknown flags");
     for (uint32_t i = 0; i <= ROLES * ROLES; i++) {
         const uint32_t at = hb_u32(p + 16 + 8 * i), n = hb_u32(p + 20 + 8 * i);
         if (at == HB_NONE && !n && i < ROLES * ROLES) continue;
@@ -54,7 +57,8 @@ static void put(prompt *to, hb_bytes b) {
 static bool is_space(uint32_t c, uint32_t kind) {
     if (kind == NO_NEWLINE) return c == '\n';
     return (c >= 9 && c <= 13) || (c >= 0x1C && c <= 0x20) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-           (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+           (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
+           c == 0x3000;
 }
 
 static hb_bytes trim_start(hb_bytes b, uint32_t kind) {
@@ -120,7 +124,9 @@ static hb_message message_at(const hb_message *messages, uint32_t i) {
     return m;
 }
 
-static hb_bytes content_of(hb_message m) { return (hb_bytes){(const uint8_t *)m.content, m.content ? m.bytes : 0}; }
+static hb_bytes content_of(hb_message m) {
+    return (hb_bytes){(const uint8_t *)m.content, m.content ? m.bytes : 0};
+}
 
 /* What a walk over a conversation meets: texts of the template, and messages. */
 typedef int visit(void *context, hb_bytes text, bool message);
@@ -150,7 +156,8 @@ static int walk(const chat *c, const hb_message *messages, uint32_t count, visit
         const hb_message m = message_at(messages, i);
         const int role = role_of(m.role);
         if (!role)
-            return hb_fail(HB_ERROR_ARGUMENT, "a message has the role %.32s; there are system, user and assistant",
+            return hb_fail(HB_ERROR_ARGUMENT,
+                           "a message has the role %.32s; there are system, user and assistant",
                            m.role ? m.role : "(none)");
         if ((status = between(c, last, role, each, context))) return status;
         const shown s = show(c, role, head, fold, content_of(m));
@@ -206,8 +213,8 @@ static bool spells_control(const hb_tokenizer *t, hb_bytes text) {
 static int tokenise(pieces *to, hb_bytes text, uint32_t flags) {
     const size_t written = to->count < to->capacity ? to->count : to->capacity;
     if (!to->started) flags |= HB_TOKENIZE_ADD;
-    const int64_t n = hb_tokenize(to->t, (const char *)text.p, text.n, flags, to->capacity ? to->ids + written : NULL,
-                                  to->capacity - written);
+    const int64_t n = hb_tokenize(to->t, (const char *)text.p, text.n, flags,
+                                  to->capacity ? to->ids + written : NULL, to->capacity - written);
     if (n < 0) return (int)n;
     to->started = true;
     to->count += (size_t)n;
@@ -230,15 +237,19 @@ static int to_ids(void *context, hb_bytes text, bool message) {
     return status ? status : tokenise(to, text, 0);
 }
 
-int64_t hb_chat_tokenize(const void *section, size_t section_bytes, const hb_tokenizer *t, const hb_message *messages,
-                         uint32_t count, int32_t *ids, size_t capacity) {
+int64_t hb_chat_tokenize(const void *section, size_t section_bytes, const hb_tokenizer *t,
+                         const hb_message *messages, uint32_t count, int32_t *ids, size_t capacity) {
     chat c;
-    if (!t || (capacity && !ids)) return hb_fail(HB_ERROR_ARGUMENT, "an argument of hb_chat_tokenize is wrong");
+    if (!t || (capacity && !ids))
+        return hb_fail(HB_ERROR_ARGUMENT, "an argument of hb_chat_tokenize is wrong");
     const int64_t bytes = hb_chat_render(section, section_bytes, messages, count, NULL, 0);
     if (bytes < 0) return bytes;
-    pieces to = {.t = t, .held = {hb_allocate(&t->allocator, (size_t)bytes + 1), (size_t)bytes, 0}, .ids = ids,
+    pieces to = {.t = t,
+                 .held = {hb_allocate(&t->allocator, (size_t)bytes + 1), (size_t)bytes, 0},
+                 .ids = ids,
                  .capacity = capacity};
-    if (!to.held.text) return hb_fail(HB_ERROR_MEMORY, "no memory for a prompt of %lld bytes", (long long)bytes);
+    if (!to.held.text)
+        return hb_fail(HB_ERROR_MEMORY, "no memory for a prompt of %lld bytes", (long long)bytes);
     int status = open_chat(section, section_bytes, &c);
     if (!status) status = walk(&c, messages, count, to_ids, &to);
     if (!status) status = flush(&to);
