@@ -66,7 +66,7 @@ class CTokenizer:
 _LETTERS = (
     " \n\r\t"
     "'sStTlLdDaZ019.,!?-_/\u00e9\u4f60\u017f\u0301\u0323\u00a0\u2028\u2581\u1100\u1161\u11a8\uac00\u0130\u200d"
-)  # noqa: E501
+)
 _WORDS = (
     "the",
     " of",
