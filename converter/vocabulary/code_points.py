@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -43,16 +44,20 @@ def matching(pattern: str) -> np.ndarray:
     return found
 
 
-def split_by(pre_tokenizer: Any) -> np.ndarray:
+@lru_cache(maxsize=4)
+def dropped_by(name: str) -> np.ndarray:
     """bool[0x110000]: the characters that a pre-tokenizer drops."""
+    from tokenizers import pre_tokenizers
+
     text, points = _every()
     found = np.ones(0x110000, bool)
-    for _, (start, stop) in pre_tokenizer.pre_tokenize_str(text):
+    for _, (start, stop) in getattr(pre_tokenizers, name)().pre_tokenize_str(text):
         found[points[start:stop]] = False
     found[0xD800:0xE000] = False
     return found
 
 
+@lru_cache(maxsize=1)
 def word_characters() -> np.ndarray:
     """bool[0x110000]: \\w of Rust's regular expressions, which know other letters than Oniguruma's."""
     from tokenizers import pre_tokenizers
@@ -65,14 +70,21 @@ def word_characters() -> np.ndarray:
     return found
 
 
-def isolated_by(pre_tokenizer: Any) -> np.ndarray:
-    """bool[0x110000]: the characters that a pre-tokenizer makes words of their own, also beside their like."""
+@lru_cache(maxsize=2)
+def isolated_by(name: str) -> np.ndarray:
+    """bool[0x110000]: the characters that Digits or Punctuation makes words of their own."""
+    from tokenizers import pre_tokenizers
+
+    made = {
+        "Digits": pre_tokenizers.Digits(individual_digits=True),
+        "Punctuation": pre_tokenizers.Punctuation(),
+    }
+    cut = made[name].pre_tokenize_str
     text, points = _every()
     found = np.zeros(0x110000, bool)
-    singles = [s for _, (s, e) in pre_tokenizer.pre_tokenize_str(text) if e == s + 1]
-    for at in singles:
-        pieces = pre_tokenizer.pre_tokenize_str(text[at] * 2)
-        found[points[at]] = len(pieces) == 2
+    for _, (start, stop) in cut(text):
+        if stop == start + 1:
+            found[points[start]] = len(cut(text[start] * 2)) == 2  # a lone other character is one word
     return found
 
 
@@ -90,6 +102,7 @@ def replaced_by(normalizer: Any) -> dict[int, bytes]:
     return found
 
 
+@lru_cache(maxsize=4)
 def normal_form(name: str) -> Normal:
     """NFC, NFD, NFKC or NFKD as the library has it."""
     from tokenizers import normalizers

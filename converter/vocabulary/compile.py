@@ -166,8 +166,8 @@ class _Compiler:
         elif m.get("byte_fallback"):
             self._byte_fallback()
         if not self.byte_level and _SPACE in self.known:
-            whole = self.known if ignore else {self.pieces[i] for i in self.merged}
-            if not self._starts_inside(whole):
+            joined = self.known if ignore else {self.pieces[i] for i in self.merged}
+            if not self._starts_inside(joined):
                 v.flags |= vocab.WORD_STARTS
                 v.prefix = _SPACE.encode()
         texts, numbers = [], []

@@ -85,14 +85,12 @@ def _bert(entry: dict[str, Any]) -> list[Step]:
 
 
 def _strip(left: bool, right: bool) -> list[Step]:
-    from tokenizers import pre_tokenizers
-
     spaces = Repeat(Characters("space"), 1, None)
     ends: list[Node] = [Series((AtStart(), spaces))] if left else []
     ends += [Series((spaces, Ahead("", False, True)))] if right else []
     if not ends:
         return []
-    named = {"space": code_points.split_by(pre_tokenizers.WhitespaceSplit())}
+    named = {"space": code_points.dropped_by("WhitespaceSplit")}
     return [Step("replace", pattern=automaton(Choice(tuple(ends)), named).encode())]
 
 
@@ -132,8 +130,6 @@ def pre_tokenizer_steps(entry: dict[str, Any] | None) -> tuple[list[Step], bool]
 
 
 def _pre_tokenizer(entry: dict[str, Any]) -> list[Step]:
-    from tokenizers import pre_tokenizers
-
     kind = entry["type"]
     if kind == "Split":
         behaviour, text = _snake(entry["behavior"]), entry["pattern"].get("String")
@@ -143,23 +139,23 @@ def _pre_tokenizer(entry: dict[str, Any]) -> list[Step]:
         steps = [Step("prepend", UNLESS_THERE, text=b" ")] if entry["add_prefix_space"] else []
         return steps + ([_split(_compiled(GPT2), "isolated")] if entry.get("use_regex", True) else [])
     if kind == "Digits":
-        numeric = code_points.isolated_by(pre_tokenizers.Digits(individual_digits=True))
+        numeric = code_points.isolated_by("Digits")
         return [_split(_characters(numeric), "isolated" if entry["individual_digits"] else "contiguous")]
     if kind == "Punctuation":
-        return [_split(_characters(_punctuation()), _snake(entry["behavior"]))]
+        return [_split(_characters(code_points.isolated_by("Punctuation")), _snake(entry["behavior"]))]
     if kind == "Metaspace":
         return _metaspace(entry)
-    spaces = code_points.split_by(pre_tokenizers.WhitespaceSplit())
+    spaces = code_points.dropped_by("WhitespaceSplit")
     if kind == "WhitespaceSplit":
         return [_split(_characters(spaces, runs=True), "removed")]
     if kind == "BertPreTokenizer":
         return [
             _split(_characters(spaces, runs=True), "removed"),
-            _split(_characters(_punctuation()), "isolated"),
+            _split(_characters(code_points.isolated_by("Punctuation")), "isolated"),
         ]
     if kind == "Whitespace":
         words = code_points.word_characters()
-        others = ~words & ~code_points.split_by(pre_tokenizers.Whitespace())
+        others = ~words & ~code_points.dropped_by("Whitespace")
         runs = [Repeat(Characters(name), 1, None) for name in ("words", "others")]
         return [_split(automaton(Choice(tuple(runs)), {"words": words, "others": others}), "removed", True)]
     if kind == "CharDelimiterSplit":
@@ -169,12 +165,6 @@ def _pre_tokenizer(entry: dict[str, Any]) -> list[Step]:
 
 def _snake(behaviour: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in behaviour).lstrip("_")
-
-
-def _punctuation() -> np.ndarray:
-    from tokenizers import pre_tokenizers
-
-    return code_points.isolated_by(pre_tokenizers.Punctuation("isolated"))
 
 
 def _metaspace(entry: dict[str, Any]) -> list[Step]:

@@ -173,7 +173,7 @@ def test_the_same_bytes_on_one_processor_and_elsewhere(checkpoint: Path, tmp_pat
 
 def test_no_proof(checkpoint: Path, tmp_path: Path) -> None:
     out = halfbyte.convert(checkpoint, tmp_path / "m.hb", method="rtn", proof=False)
-    assert "PROF" not in File(out).sections and File(out).version == (1, 0)
+    assert "PROF" not in File(out).sections and File(out).version == (1, 2)
     for extra in ({"heldout": checkpoint.parent / "t.txt"}, {"save_heldout": tmp_path / "t"}):
         with pytest.raises(UsageError, match="--no-proof"):
             halfbyte.convert(checkpoint, tmp_path / "n.hb", method="rtn", proof=False, **extra)
