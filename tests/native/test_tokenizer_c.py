@@ -5,7 +5,6 @@ HALFBYTE_TOKENIZER_STRINGS=100000 compares that many random strings a tokenizer,
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
