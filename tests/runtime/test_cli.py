@@ -169,7 +169,7 @@ def test_info(file, capsys):
     found = json.loads(quiet(capsys, "info", file, "--json"))
     assert found["file_bytes"] == file.stat().st_size and found["format_version"] == "1.2"
     assert found["tokenizer"] is True and found["chat_template"] is False
-    assert [s["kind"] for s in found["sections"]][-2:] == ["DATA", "PROF"]
+    assert [s["kind"] for s in found["sections"]][-3:] == ["DATA", "PROF", "VOCB"]
     assert found["proof"].startswith("KL divergence 0.")
     assert found["encodings"]["q4"]["bits_per_weight"] == pytest.approx(found["bits_per_weight"])
     assert found["metadata"]["model.vocab_size"] == 160
