@@ -80,7 +80,7 @@ def convert(
     from halfbyte.converter.calibrate import LENGTH, SEQUENCES
     from halfbyte.converter.checkpoints import open_checkpoint
     from halfbyte.converter.memory import budget
-    from halfbyte.converter.plan import Plan
+    from halfbyte.converter.plan import OWN_TEXT_WEIGHTS, Plan
     from halfbyte.converter.proof import prover
     from halfbyte.converter.recipe import check_method
     from halfbyte.converter.recipe import recipe as recipe_named
@@ -150,7 +150,10 @@ def convert(
             smooth,
         )
         tokens = SEQUENCES * min(LENGTH, b.context_limit)
-        room = budget(cap, b, how.method, tokens, calibrate is not None)
+        asks = bool(proof or heldout or save_heldout) or parameters <= OWN_TEXT_WEIGHTS
+        room = budget(
+            cap, b, how.method, tokens, calibrate is not None, proof is not False, asks and bool(json)
+        )
         how.memory = room.activations
         unfinished.begin(_identity(recipe, asked, inputs, out), note)
         folder = unfinished.folder

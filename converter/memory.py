@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halfbyte.converter import assemble, calibrate, sequential
+from halfbyte.converter.allocation.table import bytes_of
 from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.calibration.cuts import used
 from halfbyte.converter.calibration.route import Route
@@ -18,6 +19,7 @@ from halfbyte.formats.errors import UsageError
 COMPILED = 120_000_000  # kernels, and the compiler that makes them the first time
 BLOCK_BYTES = 16  # held for every weight of a block while it is rounded
 SMALLEST_BLOCK = 1 << 16
+PROOF_BYTES = 28  # held for every weight of a block while it is compared
 TOKENIZER = 200_000_000  # one of 128000 tokens, and a text in it
 
 
@@ -29,9 +31,17 @@ class Budget:
     activations: int | None = None
 
 
-def budget(cap: int | None, b: Builder, method: str, tokens: int, calibrated: bool) -> Budget:
+def budget(
+    cap: int | None,
+    b: Builder,
+    method: str,
+    tokens: int,
+    calibrated: bool,
+    proves: bool = False,
+    measures: bool = False,
+) -> Budget:
     """How to keep a process below `cap` bytes. tokens: to calibrate on, at most; calibrated: whether by a text of the
-    user's, which is then in memory already.
+    user's, which is then in memory already. proves: whether a proof is written, measures: on a text.
 
     Raises UsageError where it cannot be done, with the number of bytes that are needed.
     """
@@ -48,12 +58,30 @@ def budget(cap: int | None, b: Builder, method: str, tokens: int, calibrated: bo
     if method == "gptq" or calibrated:
         walk = _walk(b, method, tokens, calibrated)
         needed = max(needed, fixed + walk)
+    without, needed = (
+        needed,
+        max(needed, fixed + _proof(matrices, measures, calibrated)) if proves else needed,
+    )
     if needed > cap:
+        instead = f" ({_megabytes(without)} with --no-proof)" if needed > without else ""
         raise UsageError(
-            f"{_megabytes(cap)} of memory are too little: {method} of this model needs {_megabytes(needed)}"
+            f"{_megabytes(cap)} of memory are too little: {method} of this model needs {_megabytes(needed)}{instead}"
         )
     room = (cap - fixed) // BLOCK_BYTES
     return Budget(min(assemble.BLOCK_WEIGHTS, max(least, room)), min(calibrate.ACTIVATIONS, cap - needed))
+
+
+def _proof(matrices: list[Matrix], measures: bool, calibrated: bool) -> int:
+    """Bytes of a proof: the file, mapped, beside blocks of it and of its source, or beside the float model's file."""
+    from halfbyte.converter import proof
+    from halfbyte.converter.plan import OWN_TEXT_WEIGHTS
+
+    weights = sum(t.shape[0] * t.shape[1] for t in matrices)
+    block = min(proof.BLOCK_WEIGHTS, max((t.shape[0] * t.shape[1] for t in matrices), default=0))
+    compared = sum(map(bytes_of, matrices)) + PROOF_BYTES * block
+    if not measures:
+        return compared
+    return compared + (0 if calibrated else TOKENIZER) + (4 if weights <= OWN_TEXT_WEIGHTS else 2) * weights
 
 
 def _walk(b: Builder, method: str, tokens: int, calibrated: bool) -> int:

@@ -285,7 +285,7 @@ class Real:
 
 
 @pytest.mark.parametrize(
-    ("name", "encodings"), [("stories260K", ("q3", "q4", "q6")), ("tinystories-656k", ("q4",))]
+    ("name", "encodings"), [("stories260K", ("q4", "q6")), ("tinystories-656k", ("q3",))]
 )
 def test_the_allocated_plan_beats_every_uniform_one(
     name: str, encodings: tuple[str, ...], shared_data: Path, tmp_path: Path
@@ -299,7 +299,7 @@ def test_the_allocated_plan_beats_every_uniform_one(
         assert size - 0.02 <= found <= size and gain, (encoding, size, kld, found, better)
 
 
-@pytest.mark.parametrize("bound", [0.01, 0.05])
+@pytest.mark.parametrize("bound", [0.02])
 def test_a_kl_bound_is_met_on_held_out_text(bound: float, shared_data: Path, tmp_path: Path) -> None:
     real = Real(shared_data, "stories260K", tmp_path)
     _, kld = real.convert(max_kld=bound, heldout=tmp_path / "held.txt")

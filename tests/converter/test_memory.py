@@ -143,6 +143,33 @@ def test_the_number_that_is_said_is_enough(place: Path, tmp_path: Path) -> None:
         )
 
 
+@linux
+def test_the_proof_is_counted_with_the_float_file_that_it_reads(place: Path, tmp_path: Path) -> None:
+    """30 M weights: the float file alone is 120 MB. What is said to be needed is enough, and little more than that."""
+    write_llama(tmp_path / "m", 1024, 4096, 2, 160, True)
+    (tmp_path / "t.txt").write_text(TEXT[:400])
+    argv = (
+        "convert",
+        str(tmp_path / "m"),
+        "-o",
+        str(tmp_path / "o.hb"),
+        "--method",
+        "rtn",
+        "--max-memory",
+        "20M",
+    )
+    script = [sys.executable, "-c", MEASURED, *argv]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600)
+    found = re.search(r"needs (\d+)M \((\d+)M with --no-proof\)", done.stderr)
+    assert done.returncode == 2 and found
+    needed, without = int(found[1]), int(found[2])
+    assert needed > without + 120
+    options = ("--method", "rtn", "--heldout", str(tmp_path / "t.txt"), "--max-memory", f"{needed + 5}M")
+    took = peak(tmp_path, "m", tmp_path / "o.hb", *options)
+    assert 120 * 10**6 < took <= (needed + 5) * 10**6
+    File(tmp_path / "o.hb").verify()
+
+
 def test_results_do_not_depend_on_the_cap(place: Path, tmp_path: Path) -> None:
     files = [
         halfbyte.convert(place / "wide", tmp_path / "o.hb", method="rtn", max_memory=cap).read_bytes()
