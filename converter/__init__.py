@@ -85,6 +85,7 @@ def convert(
     from halfbyte.converter.recipe import check_method
     from halfbyte.converter.recipe import recipe as recipe_named
     from halfbyte.converter.unfinished import Unfinished
+    from halfbyte.converter.vocabulary import code_points
     from halfbyte.converter.weights import Weights
 
     out = Path(out)
@@ -151,6 +152,8 @@ def convert(
         )
         tokens = SEQUENCES * min(LENGTH, b.context_limit)
         asks = bool(proof or heldout or save_heldout) or parameters <= OWN_TEXT_WEIGHTS
+        if cap is not None:
+            code_points.forget()
         room = budget(
             cap, b, how.method, tokens, calibrate is not None, proof is not False, asks and bool(json)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from halfbyte.formats.vocab_tables import ITSELF, STAYS, Normal
 
 _MARK = "|"  # between characters that are asked about together: no normaliser here touches it
 _BLOCK = 4096  # of them
+_SPAN = 1 << 15  # characters that are asked about at once otherwise
 _HANGUL = range(0xAC00, 0xAC00 + 11172)
 _CHANGING = 0x30000  # no character from here on has a case, a decomposition or a combining class
 _HIGHEST = "\u0345"  # the only mark of the last combining class
@@ -29,17 +30,27 @@ def _every(end: int = 0x110000) -> tuple[str, np.ndarray]:
     return points.tobytes().decode("utf-32-le"), points
 
 
+def _spans(end: int = 0x110000) -> Iterator[tuple[str, np.ndarray]]:
+    """The same in pieces: the library keeps some 20 bytes for each byte of a text that it works on."""
+    text, points = _every(end)
+    for at in range(0, len(text), _SPAN):
+        yield text[at : at + _SPAN], points[at : at + _SPAN]
+
+
 @lru_cache(maxsize=256)
 def matching(pattern: str) -> np.ndarray:
     """bool[0x110000]: the characters that a pattern of one character matches, in the library's regular expressions."""
     from tokenizers import Regex, normalizers
 
-    text, points = _every(_CHANGING if _LETTER.match(pattern) else 0x110000)
     found = np.zeros(0x110000, bool)
-    for mark, some in (("\x01", text), ("\x02", "\x01")):  # a mark replaces itself unseen
-        replaced = normalizers.Replace(Regex(pattern), mark).normalize_str(some).encode("utf-32-le")
-        of = points if some is text else np.array([1], "<u4")
-        found[of] |= np.frombuffer(replaced, "<u4") != of
+
+    def look(mark: str, text: str, points: np.ndarray) -> None:
+        replaced = normalizers.Replace(Regex(pattern), mark).normalize_str(text).encode("utf-32-le")
+        found[points] |= np.frombuffer(replaced, "<u4") != points
+
+    for text, points in _spans(_CHANGING if _LETTER.match(pattern) else 0x110000):
+        look("\x01", text, points)
+    look("\x02", "\x01", np.array([1], "<u4"))  # a mark replaces itself unseen
     return found
 
 
@@ -48,10 +59,10 @@ def dropped_by(name: str) -> np.ndarray:
     """bool[0x110000]: the characters that a pre-tokenizer drops."""
     from tokenizers import pre_tokenizers
 
-    text, points = _every()
     found = np.ones(0x110000, bool)
-    for _, (start, stop) in getattr(pre_tokenizers, name)().pre_tokenize_str(text):
-        found[points[start:stop]] = False
+    for text, points in _spans():
+        for _, (start, stop) in getattr(pre_tokenizers, name)().pre_tokenize_str(text):
+            found[points[start:stop]] = False
     found[0xD800:0xE000] = False
     return found
 
@@ -61,11 +72,11 @@ def word_characters() -> np.ndarray:
     """bool[0x110000]: \\w of Rust's regular expressions, which know other letters than Oniguruma's."""
     from tokenizers import pre_tokenizers
 
-    text, points = _every()
     cut = pre_tokenizers.Whitespace().pre_tokenize_str  # \\w+ or [^\\w\\s]+
     found = np.zeros(0x110000, bool)
-    for _, (start, stop) in cut(text):
-        found[points[start:stop]] = len(cut("a" + text[start])) == 1
+    for text, points in _spans():
+        for _, (start, stop) in cut(text):
+            found[points[start:stop]] = len(cut("a" + text[start])) == 1
     return found
 
 
@@ -79,11 +90,11 @@ def isolated_by(name: str) -> np.ndarray:
         "Punctuation": pre_tokenizers.Punctuation(),
     }
     cut = made[name].pre_tokenize_str
-    text, points = _every()
     found = np.zeros(0x110000, bool)
-    for _, (start, stop) in cut(text):
-        if stop == start + 1:
-            found[points[start]] = len(cut(text[start] * 2)) == 2  # a lone other character is one word
+    for text, points in _spans():
+        for _, (start, stop) in cut(text):
+            if stop == start + 1:
+                found[points[start]] = len(cut(text[start] * 2)) == 2  # a lone other character is one word
     return found
 
 
@@ -174,3 +185,9 @@ def _combining_classes(characters: list[str]) -> dict[int, int]:
         for c in before(marks[known], moved):
             found.setdefault(ord(c), lower)
     return {p: k for p, k in found.items() if k}
+
+
+def forget() -> None:
+    """Give back what was asked and kept: tens of megabytes."""
+    for asked in (_every, matching, dropped_by, word_characters, isolated_by, normal_form):
+        asked.cache_clear()
