@@ -148,25 +148,24 @@ def test_the_proof_is_counted_with_the_float_file_that_it_reads(place: Path, tmp
     """30 M weights: the float file alone is 120 MB. What is said to be needed is enough, and little more than that."""
     write_llama(tmp_path / "m", 1024, 4096, 2, 160, True)
     (tmp_path / "t.txt").write_text(TEXT[:400])
-    argv = (
+    options = ("--method", "rtn", "--heldout", str(tmp_path / "t.txt"), "--max-memory")
+    script = [
+        sys.executable,
+        "-c",
+        MEASURED,
         "convert",
         str(tmp_path / "m"),
         "-o",
         str(tmp_path / "o.hb"),
-        "--method",
-        "rtn",
-        "--max-memory",
-        "20M",
-    )
-    script = [sys.executable, "-c", MEASURED, *argv]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=600)
+        *options,
+    ]
+    done = subprocess.run([*script, "20M"], capture_output=True, text=True, timeout=600)
     found = re.search(r"needs (\d+)M \((\d+)M with --no-proof\)", done.stderr)
     assert done.returncode == 2 and found
-    needed, without = int(found[1]), int(found[2])
-    assert needed > without + 120
-    options = ("--method", "rtn", "--heldout", str(tmp_path / "t.txt"), "--max-memory", f"{needed + 5}M")
-    took = peak(tmp_path, "m", tmp_path / "o.hb", *options)
-    assert 120 * 10**6 < took <= (needed + 5) * 10**6
+    assert int(found[1]) > int(found[2]) + 120
+    needed = int(found[1]) + 30  # what a process maps of its libraries varies with what the system has cached
+    took = peak(tmp_path, "m", tmp_path / "o.hb", *options, f"{needed}M")
+    assert 120 * 10**6 < took <= needed * 10**6
     File(tmp_path / "o.hb").verify()
 
 
