@@ -8,13 +8,6 @@
 #include "halfbyte_program.h"
 #include "sha256.h"
 
-static void digest(const uint8_t *data, size_t bytes, uint8_t *out) {
-    hb_sha256 s;
-    hb_sha256_start(&s);
-    hb_sha256_add(&s, data, bytes);
-    hb_sha256_end(&s, out);
-}
-
 static void make_right(uint8_t *data, size_t bytes) {
     hb_header *h = (hb_header *)data;
     hb_section *sections = (hb_section *)(data + 64);
@@ -24,7 +17,7 @@ static void make_right(uint8_t *data, size_t bytes) {
     for (uint32_t i = 0; i < h->sections; i++) {
         const hb_section *t = &sections[i];
         if (t->offset > bytes || t->length > bytes - t->offset || !memcmp(t->kind, "DATA", 4)) continue;
-        digest(data + t->offset, t->length, sections[i].digest);
+        hb_digest(data + t->offset, t->length, sections[i].digest);
     }
     hb_sha256_start(&s);
     hb_sha256_add(&s, data, 32);

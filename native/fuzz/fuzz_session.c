@@ -6,7 +6,6 @@
 #include <string.h>
 
 #include "halfbyte.h"
-#include "sha256.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *given, size_t bytes) {
     static hb_file *file;
@@ -23,11 +22,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *given, size_t bytes) {
     if (!data) return 0;
     memcpy(data, given, bytes);
     if (bytes > 40 + 32) {
-        hb_sha256 s;
         memcpy(data + 8, hb_file_digest(file), 32);
-        hb_sha256_start(&s);
-        hb_sha256_add(&s, data, bytes - 32);
-        hb_sha256_end(&s, data + bytes - 32);
+        hb_digest(data, bytes - 32, data + bytes - 32);
     }
     if (!hb_session_read(model, data, bytes, NULL, &session)) {
         const int32_t id = 1;

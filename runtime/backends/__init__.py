@@ -19,5 +19,10 @@ def backend_class(name: str | None = None) -> type[Backend]:
         name = "native" if library_path() else "jit"
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
-    module = importlib.import_module(f"halfbyte.runtime.backends.{name}")
+    try:
+        module = importlib.import_module(f"halfbyte.runtime.backends.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UsageError("the cuda backend needs PyTorch: pip install 'halfbyte[cuda]'") from None
     return getattr(module, BACKENDS[name])

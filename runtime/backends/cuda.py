@@ -9,9 +9,11 @@ exact integer sums, so that a GPU can be held against a phone number by number.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from halfbyte.formats import encodings
 from halfbyte.formats.errors import HalfbyteError, UsageError
@@ -21,14 +23,6 @@ from halfbyte.runtime.backends.backend import GPU_POLICIES, POLICIES, Backend, S
 from halfbyte.runtime.backends.cuda_kv import DeviceKV
 from halfbyte.runtime.backends.reference import F8_MAX, QUANT_GROUP, TINY
 from halfbyte.runtime.kv import KV
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-try:
-    import torch
-except ImportError:
-    raise UsageError("the cuda backend needs PyTorch: pip install 'halfbyte[cuda]'") from None
 
 
 def device_name() -> str:

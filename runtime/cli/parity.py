@@ -10,6 +10,7 @@ from pathlib import Path
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.cli.arguments import add_file, whole
+from halfbyte.runtime.cli.output import write_text
 from halfbyte.runtime.cli.terminal import Progress, print_json, print_table, printable
 
 HELP = "compare two backends or policies on a file"
@@ -62,14 +63,14 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from halfbyte.runtime.report.parity import picture
 
-        _write(args.plot, picture(found))
+        write_text(Path(args.plot), picture(found), args.file)
     if args.json == "-":
         print_json(found)
         return 0 if found["ok"] else 1
     if args.json:
         import json
 
-        _write(args.json, json.dumps(found, indent=1) + "\n")
+        write_text(Path(args.json), json.dumps(found, indent=1) + "\n", args.file)
     names = [f"{backend} {policy}" for backend, policy in sides]
     print(
         f"{printable(args.file)}: {names[1]} against {names[0]}, {found['tokens']} tokens, kv {found['kv']}"
@@ -99,15 +100,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"greedy decoding: {agreed} tokens agree; top-1 {100 * found['top1_agreement']:.1f} %")
     print(f"bound: {found['bound']['why']}")
     return 0 if found["ok"] else 1
-
-
-def _write(name: str, text: str) -> None:
-    """Written aside and renamed."""
-    path = Path(name)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"{name}: cannot write: {error.strerror}") from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.formats.errors import FormatError, UsageError
+from halfbyte.formats.errors import FormatError
 from halfbyte.runtime.cli.arguments import add_json
+from halfbyte.runtime.cli.output import write_text
 from halfbyte.runtime.cli.terminal import print_json, print_table, printable, size
 
 if TYPE_CHECKING:
@@ -71,19 +71,10 @@ def of_file(file: File) -> str | None:
 
 
 def write_page(file: File, proof: Proof, out: Path, quiet: bool) -> None:
-    """Write the page aside and rename it. Raises UsageError where that fails."""
+    """Write the page. Raises UsageError where that fails."""
     from halfbyte.runtime.report.page import page
 
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        if out.exists() and out.samefile(file.path):
-            raise UsageError(f"{out} is the file itself; give another name for the page")
-        aside.write_text(page(file, proof), encoding="utf-8")
-        aside.replace(out)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{out}: cannot write: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    write_text(out, page(file, proof), file.path)
     if not quiet:
         print(f"{printable(out)}: {size(out.stat().st_size)}")
 

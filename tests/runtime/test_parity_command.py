@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,25 @@ def test_what_does_not_exist_is_status_2(file: str, capsys: pytest.CaptureFixtur
     for extra in (*wrong, "--b jit --a jit --plot /nowhere/p.svg"):
         assert main(["parity", file, *extra.split(), "-n", "1", "--tokens", "2"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_without_pytorch_the_cuda_backend_is_one_line(file: str, capsys, monkeypatch) -> None:
+    for name in [n for n in sys.modules if n.startswith("halfbyte.runtime.backends.cuda")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for command in (["parity", file], ["run", file, "--ids", "1", "--backend", "cuda"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "pip install 'halfbyte[cuda]'" in error and error.count("\n") == 1
+
+
+def test_the_model_is_not_written_over(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path(file).read_bytes()
+    common = ["parity", file, "--a", "jit", "--b", "jit", "--tokens", "2", "-n", "1"]
+    for option in ("--plot", "--json"):
+        assert main([*common, option, file]) == 2
+        assert "is the model itself" in capsys.readouterr().err
+    assert Path(file).read_bytes() == before
 
 
 def test_every_pair_of_policies_has_a_bound() -> None:
