@@ -76,9 +76,9 @@ def write_llama(folder: Path, hidden: int, inner: int, layers: int, vocab: int, 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 480 MB, `large`, and one whose activations are 600 MB, `wide`, with a text for it."""
+    """A model of 640 MB, `large`, and one whose activations are 600 MB, `wide`, with a text for it."""
     folder = tmp_path_factory.mktemp("memory")
-    write_llama(folder / "large", 1024, 4096, 15, 512, True)
+    write_llama(folder / "large", 1024, 4096, 20, 512, True)
     write_llama(folder / "wide", 256, 2048, 1, 160, False)
     (folder / "text.txt").write_text(TEXT * 100)
     return folder
@@ -96,7 +96,8 @@ def peak(place: Path, name: str, out: Path, *options: str) -> int:
 
 @linux
 def test_rounding_to_nearest_stays_below_a_cap_far_below_the_model(place: Path, tmp_path: Path) -> None:
-    cap, size = 256_000_000, (place / "large" / "model.safetensors").stat().st_size
+    # the libraries alone map 120 to 150 MB, by what the system has cached
+    cap, size = 330_000_000, (place / "large" / "model.safetensors").stat().st_size
     assert size > 1.8 * cap
     assert (
         peak(place, "large", tmp_path / "o.hb", "--method", "rtn", "--no-proof", "--max-memory", f"{cap}")
