@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.model import Model
+
+if TYPE_CHECKING:
+    from halfbyte.runtime.tokenizer import Tokenizer
 
 SYNTAXES = ("json_schema", "regex", "lark", "gbnf")
 MAX_SOURCE = 1 << 20  # characters of a grammar
@@ -46,8 +49,9 @@ class Guide:
             special_token_ids = sorted(tokenizer.special_ids)
 
             def __call__(self, text: str) -> list[int]:
-                return tokenizer.encode(text, bos=False, special=False)
+                return _spelling(tokenizer, text) or guide._tokenizer.greedy_tokenize(text)
 
+        guide = self
         wrapper = llguidance.TokenizerWrapper(Vocabulary())
         self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=list(self.eos_ids))
         self._limits = llguidance.LLParserLimits(max_grammar_size=200_000)
@@ -143,6 +147,17 @@ class Matcher:
     def _checked(self) -> None:
         if self._inner.is_error():
             raise HalfbyteError(f"the grammar became too complex: {_one_line(self._inner.get_error())}")
+
+
+def _spelling(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens that spell a text and nothing else, as many tokenizers put a space in front; [] where none are found."""
+    for start in ("", "\n"):
+        before = tokenizer.encode(start, bos=False, special=False)
+        ids = tokenizer.encode(start + text, bos=False, special=False)
+        rest = ids[len(before) :]
+        if ids[: len(before)] == before and b"".join(map(tokenizer.token_bytes, rest)) == text.encode():
+            return rest
+    return []
 
 
 def _depth(value: Any) -> int:

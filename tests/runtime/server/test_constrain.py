@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.constrain import MAX_SOURCE, Guide
 from halfbyte.runtime.model import Model
+from halfbyte.runtime.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
@@ -75,6 +77,37 @@ def test_deep_schemas(guide: Guide) -> None:
         guide.compile("json_schema", schema)
     while schema:  # else its end would recurse
         schema = schema.pop("items")
+
+
+def test_a_tokenizer_that_puts_a_space_in_front(tmp_path: Path) -> None:
+    """What a grammar forces is spelled without it: after "ca" only "t" may come."""
+    import tokenizers
+
+    pieces = ["<unk>", "</s>", *"acdogtw", "\u2581", "ca", "and"]
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE(dict(zip(pieces, range(len(pieces)))), [("c", "a")], unk_token="<unk>")
+    )
+    library.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    library.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = Tokenizer(library.to_str().encode(), None, [1], False)
+    assert tokenizer.encode("ca") == [9, 10]
+    model = SimpleNamespace(eos_ids=[1], vocab_size=len(pieces), tokenizer=tokenizer)
+    matcher = Guide(model).compile("regex", "(cat|cow) a(tt|d)o").matcher()  # type: ignore[arg-type]
+    text = b""
+    while not matcher.stopped:
+        token = int(matcher.masked(np.arange(len(pieces), dtype=np.float32)).argmax())
+        text += tokenizer.token_bytes(token)
+        assert token != 1
+        matcher.consume(token)
+    assert text == b"cat atto"
 
 
 def test_masks_leave_what_may_come(demo: Model, guide: Guide) -> None:
