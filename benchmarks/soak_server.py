@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import io
 import itertools
 import json
 import random
@@ -257,7 +258,7 @@ class Client:
         return "" if count == job.tokens else f"{job.body!r}: {count} tokens were counted, not {job.tokens}"
 
 
-def follow(response: http.client.HTTPResponse, job: Job, leave: int | None = None) -> tuple[str, str]:
+def follow(response: io.BufferedIOBase, job: Job, leave: int | None = None) -> tuple[str, str]:
     """Read a stream, at most `leave` events of it; (what became of it, what is wrong)."""
     texts, reasons = [""] * len(job.answers), [""] * len(job.answers)
     seen = 0
