@@ -65,6 +65,7 @@ class Guide:
             source = {} if source is True else source
             if _depth(source) > _MAX_DEPTH:
                 raise UsageError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep")
+            _refuse_ignored(source)
             try:
                 source = json.dumps(source, allow_nan=False)
                 source.encode("utf-8")
@@ -158,6 +159,36 @@ def _spelling(tokenizer: Tokenizer, text: str) -> list[int]:
         if ids[: len(before)] == before and b"".join(map(tokenizer.token_bytes, rest)) == text.encode():
             return rest
     return []
+
+
+_IGNORED = (
+    "divisibleBy",
+    "disallow",
+    "extends",
+)  # keywords of old drafts that llguidance takes for annotations
+_ONE = ("additionalItems", "additionalProperties", "items", "contains", "not", "propertyNames")
+_SEVERAL = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def _refuse_ignored(schema: Any) -> None:
+    """Raises UsageError for a keyword that llguidance would pass over in silence though it restricts."""
+    left = [schema]
+    while left:
+        here = left.pop()
+        if not isinstance(here, dict):
+            continue
+        ignored = [key for key in _IGNORED if key in here]
+        ignored += [k for k in ("exclusiveMinimum", "exclusiveMaximum") if isinstance(here.get(k), bool)]
+        if isinstance(here.get("required"), bool):
+            ignored.append("required")
+        if ignored:
+            raise UsageError(
+                f"the JSON schema has {ignored[0]!r} as an older draft has it; draft 7 and 2020-12 are possible"
+            )
+        left += [here[key] for key in _ONE if key in here]
+        left += [s for key in _SEVERAL if isinstance(here.get(key), list) for s in here[key]]
+        left += [s for key in _NAMED if isinstance(here.get(key), dict) for s in here[key].values()]
 
 
 def _depth(value: Any) -> int:

@@ -110,7 +110,8 @@ class Ahead(Lookup):
     def draft(self, limit: int = MAX_DRAFT) -> list[int]:
         """Guesses of the next tokens, at most `limit`."""
         found = super().draft(limit)
-        if limit < _LEAST_AHEAD or not self.asks:  # a server shares few guesses among many answers: not worth a model's steps
+        # A server shares few guesses among many answers, which are not worth a model's steps.
+        if limit < _LEAST_AHEAD or not self.asks:
             self.release()
             return found
         limit = min(limit, self._try)

@@ -289,10 +289,12 @@ class Engine:
                 return
             found = self.prefixes.find(answer.ids)
             kv, fed = found if found else (self.model.new_kv(), 0)
-            if self._running and (self._soon_known(answer, fed) or not self._fits(answer, kv, fed)):
+            fresh = 0 if found else kv.nbytes
+            if self._running and (self._soon_known(answer, fed) or not self._fits(answer, kv, fed, fresh)):
                 return
             self.prefixes.count(fed)
             answer.kv, answer.fed = kv, fed
+            self.memory.held += fresh
             if not answer.produced:
                 answer.ticket.cached_tokens = fed
             with self._changed:
@@ -309,9 +311,13 @@ class Engine:
         filling = (a for a in self._running if a.pending > 1 and not a.produced)
         return any(common(np.asarray(a.ids), ids) >= fed + PAGE for a in filling)
 
-    def _fits(self, answer: Answer, kv: KV, fed: int) -> bool:
+    def _fits(self, answer: Answer, kv: KV, fed: int, fresh: int) -> bool:
         """Whether there is memory for this prompt, for what others have still to feed, and a page for each."""
-        room = self.memory.need(kv, fed, len(answer.ids)) + (1 + len(self._running)) * self.memory.page_bytes
+        room = (
+            fresh
+            + self.memory.need(kv, fed, len(answer.ids))
+            + (1 + len(self._running)) * self.memory.page_bytes
+        )
         for running in self._running:
             if running.kv is not None:
                 room += self.memory.need(running.kv, running.fed, len(running.ids))
