@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.model import Model
+
+if TYPE_CHECKING:
+    from halfbyte.runtime.tokenizer import Tokenizer
 
 SYNTAXES = ("json_schema", "regex", "lark", "gbnf")
 MAX_SOURCE = 1 << 20  # characters of a grammar
@@ -46,8 +49,9 @@ class Guide:
             special_token_ids = sorted(tokenizer.special_ids)
 
             def __call__(self, text: str) -> list[int]:
-                return tokenizer.encode(text, bos=False, special=False)
+                return _spelling(tokenizer, text) or guide._tokenizer.greedy_tokenize(text)
 
+        guide = self
         wrapper = llguidance.TokenizerWrapper(Vocabulary())
         self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=list(self.eos_ids))
         self._limits = llguidance.LLParserLimits(max_grammar_size=200_000)
@@ -61,6 +65,7 @@ class Guide:
             source = {} if source is True else source
             if _depth(source) > _MAX_DEPTH:
                 raise UsageError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep")
+            _refuse_ignored(source)
             try:
                 source = json.dumps(source, allow_nan=False)
                 source.encode("utf-8")
@@ -143,6 +148,47 @@ class Matcher:
     def _checked(self) -> None:
         if self._inner.is_error():
             raise HalfbyteError(f"the grammar became too complex: {_one_line(self._inner.get_error())}")
+
+
+def _spelling(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens that spell a text and nothing else, as many tokenizers put a space in front; [] where none are found."""
+    for start in ("", "\n"):
+        before = tokenizer.encode(start, bos=False, special=False)
+        ids = tokenizer.encode(start + text, bos=False, special=False)
+        rest = ids[len(before) :]
+        if ids[: len(before)] == before and b"".join(map(tokenizer.token_bytes, rest)) == text.encode():
+            return rest
+    return []
+
+
+_IGNORED = (
+    "divisibleBy",
+    "disallow",
+    "extends",
+)  # keywords of old drafts that llguidance takes for annotations
+_ONE = ("additionalItems", "additionalProperties", "items", "contains", "not", "propertyNames")
+_SEVERAL = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def _refuse_ignored(schema: Any) -> None:
+    """Raises UsageError for a keyword that llguidance would pass over in silence though it restricts."""
+    left = [schema]
+    while left:
+        here = left.pop()
+        if not isinstance(here, dict):
+            continue
+        ignored = [key for key in _IGNORED if key in here]
+        ignored += [k for k in ("exclusiveMinimum", "exclusiveMaximum") if isinstance(here.get(k), bool)]
+        if isinstance(here.get("required"), bool):
+            ignored.append("required")
+        if ignored:
+            raise UsageError(
+                f"the JSON schema has {ignored[0]!r} as an older draft has it; draft 7 and 2020-12 are possible"
+            )
+        left += [here[key] for key in _ONE if key in here]
+        left += [s for key in _SEVERAL if isinstance(here.get(key), list) for s in here[key]]
+        left += [s for key in _NAMED if isinstance(here.get(key), dict) for s in here[key].values()]
 
 
 def _depth(value: Any) -> int:

@@ -18,6 +18,7 @@ from halfbyte.runtime.conversation import prompt_ids
 from halfbyte.runtime.generate import Generation, generate
 from halfbyte.runtime.library import write_json
 from halfbyte.runtime.model import CHUNK, Model
+from halfbyte.runtime.speculate import check_draft
 from halfbyte.runtime.stopping import overlap
 
 THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))
@@ -75,6 +76,7 @@ class Dialogue:
 
     options    the fields of `runtime.sampler.Sampling` that are not default
     variables  further variables of the chat template, such as enable_thinking
+    draft      a smaller model of the same tokenizer that guesses; UsageError for another's
     """
 
     model: Model
@@ -84,8 +86,11 @@ class Dialogue:
     variables: dict[str, Any] = field(default_factory=dict)
     lookup: int = 0
     messages: list[dict[str, str]] = field(default_factory=list)
+    draft: Model | None = None
 
     def __post_init__(self) -> None:
+        if self.draft is not None:
+            check_draft(self.model, self.draft)
         self.session = self.model.session()
         self.turns = self.answer_tokens = self.prompt_tokens = self.reused_tokens = 0
         self.seconds = 0.0
@@ -178,7 +183,7 @@ class Dialogue:
             session.feed(left[:CHUNK])
             left = left[CHUNK:]
             yield False, ""
-        how = {"lookup": self.lookup, **self.options}
+        how = {"lookup": self.lookup, "draft": self.draft, **self.options}
         turn.generation = answer = generate(
             self.model, left, max_tokens=self.max_tokens, session=session, shown=self._marks, **how
         )

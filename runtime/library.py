@@ -110,7 +110,7 @@ def repository(text: str) -> tuple[str, str, str]:
     known = REPOSITORIES.get(place.lower())
     if known is not None:
         return place.lower(), known, revision or "main"
-    if not re.fullmatch(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}", place, re.ASCII) or ".." in place:
+    if not _is_repository(place):
         raise UsageError(
             f"{place!r} is neither OWNER/REPO nor a known name (those are {', '.join(REPOSITORIES)})"
         )
@@ -121,9 +121,14 @@ def origin(name: str) -> Pulled | None:
     """What is known of where a model came from; None for a file that was only put there."""
     try:
         values = json.loads(model_path(name).with_suffix(".json").read_text("utf-8"))
-        return Pulled(**values)
+        found = Pulled(**values)
     except (OSError, ValueError, TypeError):
         return None
+    return found if isinstance(found.repo, str) and _is_repository(found.repo) else None
+
+
+def _is_repository(text: str) -> bool:
+    return bool(re.fullmatch(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}", text, re.ASCII)) and ".." not in text
 
 
 def record(name: str, pulled: Pulled) -> None:

@@ -17,7 +17,9 @@ from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.sampler import Sampler
 
 if TYPE_CHECKING:
+    from halfbyte.runtime.kv import KV
     from halfbyte.runtime.model import Model
+    from halfbyte.runtime.session import Session
 
 MAX_DRAFT = 64
 _LENGTHS = (4, 3, 2)  # of the n-grams looked up, longest first
@@ -66,6 +68,14 @@ class Lookup:
                 return [self._ids[at + i % period] for i in range(limit)]
         return []
 
+    @property
+    def kv(self) -> KV | None:
+        """Keys and values that the guesses need, none here."""
+        return None
+
+    def release(self) -> None:
+        """Let go of `kv`."""
+
     def verified(self, guessed: int, right: int) -> None:
         """How many guesses of the last draft were right; later drafts grow or shrink."""
         if not guessed:
@@ -81,30 +91,39 @@ class Lookup:
 class Ahead(Lookup):
     """Guesses by n-grams, and where there is none by a smaller model of the same tokenizer, greedily.
 
-    draft  the smaller model; it has a session of its own, which follows the certain tokens
+    draft  the smaller model; it has a session of its own, which follows the certain tokens, from the first guess on
     vocab  rows of the larger model's logits; padding of the smaller one's beyond is never guessed
     """
 
     def __init__(self, ids: Iterable[int], limit: int, draft: Model, vocab: int):
         super().__init__((), limit)
-        self._session, self._vocab = draft.session(), vocab
+        self._model, self._vocab = draft, vocab
+        self._session: Session | None = None
+        self.asks = True  # whether the model may be asked; a server with no memory for that says no
         self.extend(ids)
+
+    @property
+    def kv(self) -> KV | None:
+        """Keys and values of the smaller model, if it was asked."""
+        return None if self._session is None else self._session.kv
 
     def draft(self, limit: int = MAX_DRAFT) -> list[int]:
         """Guesses of the next tokens, at most `limit`."""
         found = super().draft(limit)
-        if limit < _LEAST_AHEAD:  # a server shares few guesses among many answers: not worth a model's steps
+        # A server shares few guesses among many answers, which are not worth a model's steps.
+        if limit < _LEAST_AHEAD or not self.asks:
             self.release()
             return found
         limit = min(limit, self._try)
         if found or limit <= 0 or not self._ids:
             return found
-        session, known = self._session, self._ids
-        model = session.model
+        known, model = self._ids, self._model
+        session = self._session or model.session()
         room = model.context_length - len(known)
         held = min(_common(session.ids, known), len(known) - 1)
         if room <= 0 or max(known[held:]) >= model.vocab_size:
             return []
+        self._session = session
         session.rewind(session.position - held)
         logits = session.feed(known[held:])
         for i in range(min(limit, room)):
@@ -115,8 +134,7 @@ class Ahead(Lookup):
 
     def release(self) -> None:
         """Let go of the session's memory; the next draft feeds the tokens again."""
-        if self._session.position:
-            self._session = self._session.model.session()
+        self._session = None
 
 
 def guesser(ids: Iterable[int], limit: int, model: Model, draft: Model | None) -> Lookup:

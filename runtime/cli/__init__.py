@@ -41,6 +41,18 @@ class Terminated(KeyboardInterrupt):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit status."""
+    try:
+        return _main(argv)
+    except Terminated as stop:  # while handlers changed, or while another signal was answered
+        return _fail("terminated", 128 + stop.number, "")
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT, "")
+    finally:
+        if argv is None:  # the process ends: from here on a signal does so at once, without a traceback
+            _let_go()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     with _signals(), warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")  # NumPy's notes on overflow are not for users
@@ -124,6 +136,12 @@ def _drop_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError:
         pass
+
+
+def _let_go() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

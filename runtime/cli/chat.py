@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.formats.errors import HalfbyteError, UsageError
-from halfbyte.runtime.cli.arguments import add_backend, add_file, add_kv, add_policy, number, whole
+from halfbyte.runtime.cli.arguments import add_backend, add_draft, add_file, add_kv, add_policy, number, whole
 from halfbyte.runtime.cli.terminal import one_line, printable
 from halfbyte.runtime.library import home
 
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for templates with such a switch (default: the template's)",
     )
     parser.add_argument("--verify", action="store_true", help="check every byte of the file first")
+    add_draft(parser)
     add_backend(parser)
     add_kv(parser)
     add_policy(parser, "i8g32")
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     Sampling(**options)
     model = load(args.file, args.backend, args.threads, args.kv, args.policy, args.verify)
     _ = model.tokenizer  # a model without one cannot be spoken to
-    dialogue = Dialogue(model, args.system, args.max_tokens, options, lookup=args.lookup)
+    draft = None if args.draft is None else load(args.draft, args.backend, args.threads, args.kv, args.policy)
+    dialogue = Dialogue(model, args.system, args.max_tokens, options, lookup=args.lookup, draft=draft)
     if args.thinking:
         dialogue.variables["enable_thinking"] = _SWITCH[args.thinking]
     if args.load:

@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> int:
     """Delete."""
     from halfbyte.runtime import hub
 
-    for name in args.names:
+    for name in args.names:  # all before any is deleted
+        library.model_path(name)
+    for name in dict.fromkeys(args.names):
         came = library.origin(name)
         freed = library.remove(name)
         others = {o.repo for o in map(library.origin, library.names()) if o is not None}

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-memory",
         type=size_of,
         metavar="SIZE",
-        help="bytes of keys and values, such as 2G (default: a quarter of what is free)",
+        help="bytes of keys and values, such as 2G, with those of --draft (default: a quarter of what is free)",
     )
     parser.add_argument(
         "--prefix-share",

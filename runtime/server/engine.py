@@ -23,7 +23,7 @@ from halfbyte.runtime.server.memory import Memory
 from halfbyte.runtime.server.metrics import Metrics
 from halfbyte.runtime.server.prefix import Prefixes, common
 from halfbyte.runtime.server.scheduler import build, plan
-from halfbyte.runtime.speculate import check_draft
+from halfbyte.runtime.speculate import MAX_DRAFT, Ahead, check_draft
 
 MAX_SLOTS = CHUNK // 2  # half of a step at least is for prompts
 log = logging.getLogger("halfbyte.server")
@@ -42,7 +42,7 @@ class Engine:
 
     slots         answers that run at once, 1 .. MAX_SLOTS
     queue         requests that wait at most; one more raises BusyError
-    memory        bytes of keys and values, or None for a quarter of what is free
+    memory        bytes of keys and values, the draft model's included, or None for a quarter of what is free
     prefix_share  part of `memory` that remembered prompts may take, 0 .. 1
     timeout       seconds that a request may take from submission to its end, or None
     draft         a smaller model of the same tokenizer that guesses while few answers run; UsageError for another's
@@ -68,6 +68,7 @@ class Engine:
             check_draft(model, draft)
         self.draft = draft
         self.memory = Memory(model, memory)
+        self._draft_memory = None if draft is None else Memory(draft, self.memory.limit, 0)
         self.prefixes = Prefixes(int(prefix_share * self.memory.limit))
         self.metrics = Metrics()
         self._waiting: deque[Answer] = deque()
@@ -174,6 +175,7 @@ class Engine:
     def _turn(self) -> None:
         self._expire()
         self._admit()
+        self._ask_drafts()
         chosen = self._reserved(plan(self._running))
         if not chosen:
             return
@@ -287,10 +289,12 @@ class Engine:
                 return
             found = self.prefixes.find(answer.ids)
             kv, fed = found if found else (self.model.new_kv(), 0)
-            if self._running and (self._soon_known(answer, fed) or not self._fits(answer, kv, fed)):
+            fresh = 0 if found else kv.nbytes
+            if self._running and (self._soon_known(answer, fed) or not self._fits(answer, kv, fed, fresh)):
                 return
             self.prefixes.count(fed)
             answer.kv, answer.fed = kv, fed
+            self.memory.held += fresh
             if not answer.produced:
                 answer.ticket.cached_tokens = fed
             with self._changed:
@@ -307,9 +311,13 @@ class Engine:
         filling = (a for a in self._running if a.pending > 1 and not a.produced)
         return any(common(np.asarray(a.ids), ids) >= fed + PAGE for a in filling)
 
-    def _fits(self, answer: Answer, kv: KV, fed: int) -> bool:
+    def _fits(self, answer: Answer, kv: KV, fed: int, fresh: int) -> bool:
         """Whether there is memory for this prompt, for what others have still to feed, and a page for each."""
-        room = self.memory.need(kv, fed, len(answer.ids)) + (1 + len(self._running)) * self.memory.page_bytes
+        room = (
+            fresh
+            + self.memory.need(kv, fed, len(answer.ids))
+            + (1 + len(self._running)) * self.memory.page_bytes
+        )
         for running in self._running:
             if running.kv is not None:
                 room += self.memory.need(running.kv, running.fed, len(running.ids))
@@ -341,18 +349,38 @@ class Engine:
         if self.memory.held + need <= self.memory.limit:
             return True
         while self._recount() + need > self.memory.limit:
-            if not self.prefixes.evict():
+            if not self.prefixes.evict() and not self._release_drafts():
                 return False
         return True
+
+    def _ask_drafts(self) -> None:
+        """Let the draft model be asked where its keys and values fit too."""
+        if self._draft_memory is None:
+            return
+        for answer in self._running:
+            if isinstance(guesses := answer.guesses, Ahead):
+                end = min(len(answer.ids) + MAX_DRAFT, self._draft_memory.context_length)
+                kv = guesses.kv
+                need = self._draft_memory.of(end) if kv is None else self._draft_memory.need(kv, 0, end)
+                guesses.asks = answer.pending == 1 and self.memory.held + need <= self.memory.limit
+                self.memory.held += need if guesses.asks else 0
+
+    def _release_drafts(self) -> bool:
+        """Whether a draft model's keys and values were given up."""
+        holding = [a for a in self._running if a.guesses.kv is not None]
+        for answer in holding:
+            answer.guesses.release()
+        return bool(holding)
 
     def _preempt(self, answer: Answer) -> None:
         """Take an answer's memory; it waits at the head of the queue and later feeds its tokens again."""
         self._running.remove(answer)
         answer.kv, answer.fed, answer.draft = None, 0, []
+        answer.guesses.release()
         self.metrics.preemptions += 1
         with self._changed:
             self._waiting.appendleft(answer)
 
     def _recount(self) -> int:
-        kvs = [a.kv for a in self._running if a.kv is not None]
+        kvs = [kv for a in self._running for kv in (a.kv, a.guesses.kv) if kv is not None]
         return self.memory.recount([*kvs, *self.prefixes.kvs()])

@@ -13,10 +13,10 @@ from halfbyte.runtime.model import CHUNK, Model
 class Memory:
     """A budget. `held` never understates: pages given up are noticed when `recount` is called.
 
-    limit: bytes; at least what one sequence of the model's whole context takes.
+    limit: bytes; at least what `full` sequences of the model's whole context take.
     """
 
-    def __init__(self, model: Model, limit: int | None):
+    def __init__(self, model: Model, limit: int | None, full: int = 1):
         modes = kv_modes.by_cache(model.kv_mode, len(model.file.caches))
         self._page_bytes = [  # of the first page of each cache, and of the others
             [int(c["kv_heads"]) * m.head_bytes(i, int(c["k_dim"]), int(c["v_dim"])) for i in (0, 1)]
@@ -24,7 +24,8 @@ class Memory:
         ]
         self.page_bytes = sum(map(max, self._page_bytes))  # a page of every cache
         self._windows = [int(c["window"]) for c in model.file.caches]
-        least = self.of(model.context_length)
+        self.context_length = model.context_length
+        least = full * self.of(model.context_length)
         if limit is not None and limit < least:
             raise UsageError(
                 f"keys and values of one full context take {least} bytes; {limit} are too few for this model"

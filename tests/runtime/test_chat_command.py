@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from small_model import REFERENCE, checked_error, write_checkpoint
+from story import story_folder
 
 import halfbyte
 from halfbyte.formats.errors import HalfbyteError, UsageError
@@ -184,6 +185,33 @@ def test_a_pipe_gets_the_answers_and_nothing_else(model, file, monkeypatch, caps
     expected = [asked(dialogue, text)[0].strip() for text in ("once\nupon", "a\n\nb", "/dog")]
     assert [line.strip() for line in out.splitlines()] == [e for e in expected if e]
     assert "answers   3" in err and "\x1b" not in out + err
+
+
+def test_a_draft_model_changes_no_answer(file, monkeypatch, capsys, tmp_path):
+    text, options = "once\nand then\n", (file, "--temp", 0.8, "--seed", 3, "-n", 12)
+    plain = piped(monkeypatch, capsys, text, *options)
+    drafted = piped(monkeypatch, capsys, text, *options, "--draft", file)
+    assert plain[0] == drafted[0] == 0 and plain[1] == drafted[1] and plain[1].strip()
+    other = halfbyte.convert(story_folder(tmp_path / "c"), tmp_path / "other.hb", recipe="q8")
+    for draft, said in ((other, "another tokenizer"), (tmp_path / "none", "such")):
+        assert said in checked_error(*piped(monkeypatch, capsys, "", file, "--draft", draft))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_signal_while_another_is_answered_leaves_no_traceback(file, monkeypatch, capsys):
+    import halfbyte.runtime.cli as cli
+
+    said: list[str] = []
+
+    def twice(message: str, status: int = 2, kind: str = "error: ") -> int:
+        said.append(message)
+        if len(said) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return status
+
+    monkeypatch.setattr(cli, "_fail", twice)
+    monkeypatch.setattr(cli, "_run", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(["chat", str(file)]) == 128 + signal.SIGINT
 
 
 def test_errors_in_a_pipe_are_one_line(file, monkeypatch, capsys, tmp_path):

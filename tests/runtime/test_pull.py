@@ -264,3 +264,41 @@ def test_two_pulls_at_once(hub, home):
     folder.mkdir(parents=True)
     with downloader._locked(folder, REPO), pytest.raises(HalfbyteError, match="another process"):
         downloader.fetch(REPO, "main")
+
+
+def test_no_name_leaves_the_store(home, capsys, tmp_path):
+    outside = tmp_path / "x.hb"
+    outside.write_bytes(b"mine")
+    for name in (
+        "../x",
+        "..",
+        ".",
+        "/x",
+        str(outside),
+        "a/b",
+        "a\\b",
+        "",
+        "x\n",
+        "x\0",
+        "X",
+        "~",
+        "x" * 97,
+        "a.hb",
+    ):
+        for argv in (("rm", name), ("pull", "qwen3-0.6b", "--name", name)):
+            assert "cannot name" in fails(capsys, *argv)
+    for repo in ("../..", "a/..", "a/b/c", "/a", "a/b:../c", "a/b:", "a b/c", "\u00e9/a"):
+        fails(capsys, "pull", repo)
+    assert outside.read_bytes() == b"mine" and not list(library.names())
+
+
+def test_rm_trusts_no_path_and_deletes_all_or_nothing(home, capsys):
+    path = library.model_path("tiny")
+    path.parent.mkdir(parents=True)
+    for repo in ("..", "../..", "."):
+        path.write_bytes(b"x")
+        library.write_json(path.with_suffix(".json"), {"repo": repo, "commit": "1"})
+        assert "cannot name" in fails(capsys, "rm", "tiny", "../tiny") and path.exists()
+        assert library.origin("tiny") is None
+        quiet(capsys, "rm", "tiny", "tiny")
+        assert path.parent.is_dir() and not path.exists()

@@ -15,11 +15,13 @@ from tiny import load_case
 
 import halfbyte
 from halfbyte.formats.errors import UsageError
+from halfbyte.runtime.backends.backend import Step
 from halfbyte.runtime.constrain import Guide
 from halfbyte.runtime.model import Model
 from halfbyte.runtime.sampler import Sampling
 from halfbyte.runtime.server.answer import Request
 from halfbyte.runtime.server.engine import BusyError, ClosedError, Engine
+from halfbyte.runtime.server.memory import Memory
 
 STARTS = (
     "Once upon a time",
@@ -73,9 +75,12 @@ def engine(demo: Model):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_mixture_of_requests_gets_the_serial_answers(demo: Model, engine: Engine, seed: int) -> None:
-    for asked in ask_all(engine, requests(demo, 40, seed)):
-        got = asked.wait()
-        assert (got.texts[0], got.ids[0], got.reasons[0]) == serial(demo, asked.request)
+    mixture = requests(demo, 40, seed)
+    longest = max(mixture, key=lambda r: len(r.prompt))
+    for several in (mixture, [longest]):  # the longest again, as the others may all have come at once
+        for asked in ask_all(engine, several):
+            got = asked.wait()
+            assert (got.texts[0], got.ids[0], got.reasons[0]) == serial(demo, asked.request)
     assert engine.metrics.rows > engine.metrics.steps  # steps were shared
     assert engine.prefixes.hits > 0
 
@@ -305,3 +310,37 @@ def test_a_draft_model_changes_no_answer(demo: Model, demo_path: Path, talker: M
         assert drafting.metrics.guessed_right > 20
     finally:
         drafting.close()
+
+
+def test_the_draft_models_memory_is_counted(demo: Model, demo_path: Path) -> None:
+    prompts = [
+        demo.tokenizer.encode(f"Once upon a time there was a {w}") for w in ("dog", "cat", "girl", "boy")
+    ]
+    requests = [greedy(p, 90, lookup=8) for p in prompts]
+    asked = []
+    run = demo.run
+    for contexts in (1.2, 20):
+        limit = int(contexts * Memory(demo, None).of(demo.context_length))
+        engine = Engine(demo, memory=limit, draft=halfbyte.load(demo_path))
+        most = 0
+
+        def watched(step: Step, engine: Engine = engine) -> np.ndarray:
+            nonlocal most
+            kvs = [kv for a in engine._running for kv in (a.kv, a.guesses.kv) if kv is not None]
+            pages = {id(p): p for kv in [*kvs, *engine.prefixes.kvs()] for row in kv.pages for p in row if p}
+            most = max(most, sum(a.guesses.kv is not None for a in engine._running))
+            assert sum(p.bytes.nbytes for p in pages.values()) <= engine.memory.held <= engine.memory.limit
+            return run(step)
+
+        demo.run = watched  # type: ignore[method-assign]
+        try:
+            results = [a.wait() for a in [Asked(engine, r) for r in requests]]
+            state = engine.state()
+        finally:
+            demo.run = run  # type: ignore[method-assign]
+            engine.close()
+        for request, got in zip(requests, results):
+            assert got.failure is None and (got.texts[0], got.ids[0], got.reasons[0]) == serial(demo, request)
+        assert state["kv_bytes"] <= limit
+        asked.append(most)
+    assert asked[0] < asked[1] == len(requests)  # where memory is short some are not asked
