@@ -19,7 +19,7 @@ function article(role, content) {
   const element = document.createElement("article");
   element.className = role;
   element.setAttribute("aria-label", role === "user" ? "You" : "Model");
-  const text = element.appendChild(document.createElement("div"));
+  const text = element.appendChild(document.createElement("span"));
   text.className = "text";
   text.textContent = content;
   $("empty").hidden = true;
@@ -44,8 +44,8 @@ function busy(on) {
 function opened({ name: given, chats: turns, room, bytes, memory }) {
   chats = turns;
   clear();
-  $("model").textContent = `${name || given} · ${megabytes(bytes)}`;
-  $("prompt").placeholder = chats ? "Write a message" : "Begin a text: Once upon a time";
+  $("model").textContent = `${given || name} · ${megabytes(bytes)}`;
+  $("prompt").placeholder = chats ? "Write a message" : "Begin a text";
   $("hint").textContent = chats ? "What you write does not leave this device."
     : "This model has not learned to chat: it continues what you write. Nothing leaves this device.";
   $("progress").hidden = true;
@@ -118,8 +118,14 @@ $("composer").addEventListener("submit", (event) => {
   if (!content.trim() || running || $("send").disabled) return;
   $("prompt").value = "";
   messages.push({ role: "user", content });
-  article("user", content);
+  if (chats) article("user", content);
   running = article("assistant", "");
+  if (!chats) { // one text, of two writers
+    const given = document.createElement("span");
+    given.className = "given";
+    given.textContent = content;
+    running.prepend(given);
+  }
   running.classList.add("running");
   busy(true);
   status("");
