@@ -53,7 +53,9 @@ def main(targets: list[str]) -> int:
         try:
             wasm = target.startswith("wasm")
             options = ["-DHALFBYTE_STATIC=ON"] if wasm else []
-            folder = build(target, FOLDER / target, *options, what=("generate", "web") if wasm else ("halfbyte",))
+            folder = build(
+                target, FOLDER / target, *options, what=("generate", "web") if wasm else ("halfbyte",)
+            )
         except RuntimeError as error:
             print(f"{target}: failed\n{error}")
             failed += 1

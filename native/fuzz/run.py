@@ -24,7 +24,7 @@ GOLDEN = NATIVE.parent / "tests" / "formats"
 TEMPLATES = NATIVE.parents[1] / "shared" / "data" / "chat-templates"
 FOLDER = NATIVE.parent / "build" / "fuzz"
 KEPT = NATIVE / "fuzz" / "corpus"
-LONGEST = 65536  # bytes of an input
+LONGEST, LONGEST_KEPT = 65536, 8192  # bytes of an input
 FLAGS = ["-std=gnu11", "-O1", "-g1", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all",
          "-fno-sanitize=pointer-overflow",  # NULL + 0, which C2y defines; what is read is AddressSanitizer's to judge
          "-D_GNU_SOURCE", "-DHB_X86=0", "-DHB_ARM=0", "-DHB_AVXVNNI=0", "-ffp-contract=off"]  # fmt: skip
@@ -170,7 +170,7 @@ def keep(targets: list[str]) -> int:
             seed(target, seeds)
             for path in seeds.iterdir():
                 (chosen / path.name).write_bytes(path.read_bytes())
-            command = [program, "-merge=1", f"-max_len={LONGEST}", chosen, program.parent / "corpus"]
+            command = [program, "-merge=1", f"-max_len={LONGEST_KEPT}", chosen, program.parent / "corpus"]
             subprocess.run(command, env=environment, check=True, capture_output=True)
             files = sorted(p for p in chosen.iterdir() if not (seeds / p.name).exists())
             with tarfile.open(archive, "w:xz", preset=9) as out:

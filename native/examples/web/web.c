@@ -1,8 +1,8 @@
 /* What the page calls: one model, one conversation, in terms of numbers and bytes in the module's memory.
  *
  * A module of WebAssembly without a main and without imports (CMake target web). Functions that can fail
- * return a negative HB_ERROR_*, and web_error() says why. The page feeds a prompt in parts and asks for one token at a
- * time, so that it can stop between them. */
+ * return a negative HB_ERROR_*, and web_error() says why. The page feeds a prompt in parts and asks for one
+ * token at a time, so that it can stop between them. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -53,12 +53,14 @@ int EXPORT(web_open)(void *memory, size_t bytes, uint32_t positions) {
     int status;
     web_close();
     data = memory;
-    if ((status = hb_open_memory(data, bytes, &open, &file)) || (status = hb_file_tokenizer(file, &tokenizer)))
+    if ((status = hb_open_memory(data, bytes, &open, &file)) ||
+        (status = hb_file_tokenizer(file, &tokenizer)))
         return status;
     room = hb_context_length(file);
     if (positions && positions < room) room = positions;
     options.positions = room;
-    if ((status = hb_model_create(file, &options, &model)) || (status = hb_session_create(model, NULL, &session)))
+    if ((status = hb_model_create(file, &options, &model)) ||
+        (status = hb_session_create(model, NULL, &session)))
         return status;
     prompt = malloc(room * sizeof *prompt);
     logits = malloc(hb_vocab_size(file) * sizeof *logits);
@@ -103,8 +105,8 @@ int EXPORT(web_message)(uint32_t role, char *content, size_t bytes) {
     return HB_OK;
 }
 
-/* Makes the prompt of the messages, a conversation or, where the model does not chat, the last one's text. What the
- * session holds of it already stays. How many tokens it has. */
+/* Makes the prompt of the messages, a conversation or, where the model does not chat, the last one's text.
+ * What the session holds of it already stays. How many tokens it has. */
 int EXPORT(web_prompt)(void) {
     const void *chat;
     size_t bytes;
