@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import tiny
 from crossed import ZIG, wasm
-from test_native_arm import COMPILER, QEMU, SYSROOT, arm  # noqa: F401
-from test_native_builds import bionic, imports
+from test_native_arm import QEMU, SYSROOT, arm  # noqa: F401
 
 import halfbyte
 from halfbyte.runtime.backends import native
 from halfbyte.runtime.model import load
 
-LARGEST = {"aarch64": 500_000, "wasm": 400_000}  # bytes
+LARGEST = 400_000  # bytes of the module
 COUNT = 10
 
 pytestmark = pytest.mark.skipif(
@@ -80,26 +79,12 @@ def test_webassembly_gives_the_tokens_of_python(greedy: dict[Path, Any], tmp_pat
         assert [int(i) for i in (tmp_path / "out").read_text().split()] == want, file.stem
 
 
-def test_a_library_for_a_phone_is_small_and_needs_libc_alone(arm: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Every kernel is in it: the tests under qemu run those of every instruction set."""
-    library, whole = tmp_path / "libhalfbyte.so", arm / "libhalfbyte.a"
-    flags = ["-shared", "-s", "-Wl,--whole-archive", whole, "-Wl,--no-whole-archive", "-lm", "-lpthread"]
-    subprocess.run([COMPILER, "-o", library, *flags], check=True)
-    size = library.stat().st_size
-    print(f"\naarch64, stripped: {size} bytes")
-    assert size <= LARGEST["aarch64"]
-    needed = imports(library)
-    assert {"malloc", "memcpy"} <= needed
-    glibc = {"__errno_location", "__stack_chk_fail", "__stack_chk_guard", "__tls_get_addr"}
-    assert {n for n in needed - bionic() - glibc if not n.endswith("_chk")} == set()
-
-
 def test_a_module_for_browsers_is_small_and_imports_nothing() -> None:
     module = wasm() / "halfbyte.wasm"
     sys.path.append(str(ZIG))
     wasmtime = pytest.importorskip("wasmtime", reason="wasmtime is not in build/zig (make cross)")
     print(f"\nwasm: {module.stat().st_size} bytes")
-    assert module.stat().st_size <= LARGEST["wasm"]
+    assert module.stat().st_size <= LARGEST
     compiled = wasmtime.Module.from_file(wasmtime.Engine(), str(module))
     assert compiled.imports == []
     names = {e.name for e in compiled.exports} - {"memory", "_initialize"}
