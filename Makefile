@@ -7,7 +7,7 @@ CC_FOUND := $(shell command -v cc 2>/dev/null || command -v gcc 2>/dev/null || c
 TYPING := build/typing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev torch fuzz native native-arm wheel-arm cross sanitize demo test test-arm lint format types bench generate clean
+.PHONY: help setup dev torch fuzz native native-arm wheel-arm cross web sanitize demo test test-arm lint format types bench generate clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -54,8 +54,17 @@ wheel-arm: $(VENV)/.dev ## a wheel for AArch64 Linux into dist/, tagged for the 
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -w dist build/wheel-arm/dist/*.whl
 	@ls dist/*aarch64.whl
 
-cross: $(VENV)/.dev ## the C library for musl, Android and macOS into build/cross (Zig's compiler, 100 MB)
-	@$(BIN)/python -m pip install --quiet --upgrade --target build/zig 'ziglang>=0.15'
+build/zig: | $(VENV)/.dev
+	@$(BIN)/python -m pip install --quiet --upgrade --target build/zig 'ziglang>=0.15' wasmtime
+
+web: dev build/zig ## the demo model in a page that needs no server, at http://127.0.0.1:8000 (Zig's compiler, 100 MB)
+	PYTHONPATH=build/zig $(BIN)/python native/cross.py wasm32-wasi
+	@mkdir -p build/web
+	cp native/examples/web/*.html native/examples/web/*.js build/cross/wasm32-wasi/halfbyte.wasm build/web
+	@test -f build/web/model.hb || $(BIN)/halfbyte convert runtime/demo_model -o build/web/model.hb --method rtn --no-proof
+	$(BIN)/python -m http.server --directory build/web --bind 127.0.0.1 8000
+
+cross: build/zig ## the C library for musl, Android, macOS, Windows and WebAssembly into build/cross (Zig's compiler, 100 MB)
 	PYTHONPATH=build/zig $(BIN)/python native/cross.py
 
 sanitize: dev native ## the C library under address, undefined-behaviour and thread sanitizers

@@ -2,7 +2,8 @@
 
 Every target is compiled and linked, into build/cross/<target>. Android is linked against stubs of its C library
 (native/cmake/bionic.txt), since neither its headers nor its libraries are here: that proves the names, not a run.
-For WebAssembly the example `generate` is linked with the library, as a module for any WASI engine.
+For WebAssembly the example `generate` is linked with the library, as a module for any WASI engine, and the module of
+the page in native/examples/web.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ TARGETS = (
     "x86_64-windows-gnu",
     "wasm32-wasi",
 )
-LIBRARIES = ("libhalfbyte.so", "libhalfbyte.dylib", "libhalfbyte.dll", "generate.wasm")
+LIBRARIES = ("libhalfbyte.so", "libhalfbyte.dylib", "libhalfbyte.dll", "generate.wasm", "halfbyte.wasm")
 
 
-def build(target: str, folder: Path, *options: str, what: str = "halfbyte") -> Path:
-    """Configure and build one CMake target for a system; the folder. Raises RuntimeError with the output."""
+def build(target: str, folder: Path, *options: str, what: tuple[str, ...] = ("halfbyte",)) -> Path:
+    """Configure and build CMake targets for a system; the folder. Raises RuntimeError with the output."""
     import ziglang
 
     tools = Path(sys.executable).parent
@@ -38,7 +39,7 @@ def build(target: str, folder: Path, *options: str, what: str = "halfbyte") -> P
         "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_TOOLCHAIN_FILE={NATIVE / 'cmake' / 'zig.cmake'}",
         f"-DHALFBYTE_ZIG={zig}", f"-DHALFBYTE_TARGET={target}", *options,
     ]  # fmt: skip
-    for command in (configure, [tools / "cmake", "--build", folder, "--target", what]):
+    for command in (configure, [tools / "cmake", "--build", folder, "--target", *what]):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise RuntimeError(done.stdout)
@@ -52,13 +53,15 @@ def main(targets: list[str]) -> int:
         try:
             wasm = target.startswith("wasm")
             options = ["-DHALFBYTE_STATIC=ON"] if wasm else []
-            folder = build(target, FOLDER / target, *options, what="generate" if wasm else "halfbyte")
+            folder = build(
+                target, FOLDER / target, *options, what=("generate", "web") if wasm else ("halfbyte",)
+            )
         except RuntimeError as error:
             print(f"{target}: failed\n{error}")
             failed += 1
         else:
-            (library,) = (p for p in folder.iterdir() if p.name in LIBRARIES)
-            print(f"{target}: {library}, {library.stat().st_size >> 10} KiB", flush=True)
+            for library in sorted(p for p in folder.iterdir() if p.name in LIBRARIES):
+                print(f"{target}: {library}, {library.stat().st_size} bytes", flush=True)
     return min(failed, 1)
 
 

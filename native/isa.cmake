@@ -24,6 +24,8 @@ function(halfbyte_isa_flags)
       set(flags ${halfbyte_armv8_2}+dotprod+i8mm -DHB_NEON -DHB_DOTPROD -DHB_I8MM)
     elseif(source MATCHES "attend_scalar\\.c$" AND CMAKE_SYSTEM_PROCESSOR MATCHES "^wasm")
       set(flags -Os) # half of a module's bytes otherwise
+    elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^wasm" AND (source MATCHES "^src/" OR source MATCHES "(embed|gather|kv_put|rope)_scalar"))
+      set(flags -Oz) # not where time goes
     elseif(source MATCHES "_scalar\\.c$")
       set(flags -O2) # -O3 unrolls lane loops to five times the size
     else()

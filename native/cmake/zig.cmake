@@ -25,6 +25,7 @@ endif()
 # Android without its NDK: the headers are musl's, which declare what bionic has, and the libraries to link
 # with are made from the list of the names that bionic exports, so that any other is an error of the linker.
 if(HALFBYTE_TARGET MATCHES "android")
+  string(APPEND CMAKE_C_FLAGS_INIT " -D__errno_location=__errno")
   get_filename_component(zig_headers "${HALFBYTE_ZIG}" DIRECTORY)
   string(APPEND zig_headers "/lib/libc/include")
   foreach(folder ${CMAKE_SYSTEM_PROCESSOR}-linux-musl generic-musl ${CMAKE_SYSTEM_PROCESSOR}-linux-any any-linux-any)

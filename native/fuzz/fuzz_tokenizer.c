@@ -1,27 +1,34 @@
-/* libFuzzer: a section VOCB and a text. The input is u32 bytes of the section, the section, then the text, or
- * with 0 bytes patches to the section in $HALFBYTE_VOCB: u32 offset, u8 value, until an offset of all ones.
- *
- * clang -g -O1 -fsanitize=fuzzer,address,undefined -Iinclude -Isrc -DHB_X86=0 -DHB_ARM=0 -DHB_AVXVNNI=0
- * -D_GNU_SOURCE fuzz/fuzz_tokenizer.c src/{vocab,tokenizer*,normalise,detokenize,chat,memory}.c */
+/* Tokenizers and chat templates: whatever the bytes of their sections are, opening them is refused or they
+ * can be used. An input is a u32, that many bytes of a section, which is taken for a VOCB and for a CHAT, and
+ * a text. Tables of Unicode make most sections longer than an input: from PATCHED up the u32 names one of
+ * those in the files $HB_FUZZ_SECTION0 to 7, and changes follow, u32 offset and u8 value, until an offset of
+ * all ones. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "halfbyte_tokenizer.h"
 
-static uint8_t *seed;
-static size_t seed_bytes;
+enum { SEEDS = 8, HEAD = 768 };
+#define PATCHED 0xfffffff8u
+
+static uint8_t *seeds[SEEDS];
+static size_t seed_bytes[SEEDS];
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
-    FILE *f = getenv("HALFBYTE_VOCB") ? fopen(getenv("HALFBYTE_VOCB"), "rb") : NULL;
-    if (!f) return 0;
-    fseek(f, 0, SEEK_END);
-    seed_bytes = (size_t)ftell(f);
-    rewind(f);
-    seed = malloc(seed_bytes);
-    if (seed && fread(seed, 1, seed_bytes, f) != seed_bytes) seed_bytes = 0;
-    fclose(f);
+    for (int i = 0; i < SEEDS; i++) {
+        char name[] = "HB_FUZZ_SECTION0";
+        name[sizeof name - 2] = (char)('0' + i);
+        FILE *f = getenv(name) ? fopen(getenv(name), "rb") : NULL;
+        if (!f) continue;
+        fseek(f, 0, SEEK_END);
+        const size_t bytes = (size_t)ftell(f);
+        rewind(f);
+        seeds[i] = malloc(bytes);
+        if (seeds[i] && fread(seeds[i], 1, bytes, f) == bytes) seed_bytes[i] = bytes;
+        fclose(f);
+    }
     return 0;
 }
 
@@ -41,35 +48,53 @@ static void use(const uint8_t *section, size_t bytes, const uint8_t *text, size_
     hb_tokenizer_free(t);
 }
 
+/* Conversations of one text, for which a template of any shape has some joint. */
+static void converse(const uint8_t *section, size_t bytes, const uint8_t *text, size_t n) {
+    static const char *const roles[4] = {"system", "user", "assistant", "user"};
+    static char out[1 << 12];
+    for (uint32_t first = 0; first < 2; first++)
+        for (uint32_t count = 1; count <= 4 - first; count++) {
+            hb_message m[4];
+            for (uint32_t i = 0; i < count; i++)
+                m[i] = (hb_message){sizeof *m, roles[first + i], (const char *)text, i % 2 ? n / 2 : n};
+            hb_chat_render(section, bytes, m, count, out, sizeof out);
+        }
+}
+
+/* Every other change is to the section's head, where the offsets and kinds are. */
+static void patched(uint32_t seed, const uint8_t *data, size_t size) {
+    const size_t bytes = seed_bytes[seed], head = bytes < HEAD ? bytes : HEAD;
+    uint8_t *section = malloc(bytes);
+    if (!section) return;
+    memcpy(section, seeds[seed], bytes);
+    for (; size >= 5; data += 5, size -= 5) {
+        uint32_t at;
+        memcpy(&at, data, 4);
+        if (at == UINT32_MAX) {
+            data += 4, size -= 4;
+            break;
+        }
+        section[at / 2 % (at & 1 ? bytes : head)] = data[4];
+    }
+    use(section, bytes, data, size);
+    free(section);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     uint32_t n;
     if (size < 4) return 0;
     memcpy(&n, data, 4);
     data += 4, size -= 4;
-    if (n && n <= size) {
-        uint8_t *section = malloc(n); /* its end is the end of the memory */
-        if (!section) return 0;
-        memcpy(section, data, n);
-        use(section, n, data + n, size - n);
-        free(section);
+    if (n >= PATCHED && seed_bytes[n - PATCHED]) {
+        patched(n - PATCHED, data, size);
         return 0;
     }
-    if (!seed_bytes) return 0;
-    uint8_t *section = malloc(seed_bytes);
+    if (n > size) return 0;
+    uint8_t *section = malloc(n + !n); /* its end is the end of the memory */
     if (!section) return 0;
-    memcpy(section, seed, seed_bytes);
-    for (; size >= 5; data += 5, size -= 5) {
-        memcpy(&n, data, 4);
-        if (n == UINT32_MAX) {
-            data += 4, size -= 4;
-            break;
-        }
-        section[n % (n & 1 ? seed_bytes : seed_bytes < 768 ? seed_bytes : 768)] = data[4];
-    }
-    use(section, seed_bytes, data, size);
-    /* the same bytes as a conversation's section */
-    hb_message m = {sizeof m, "user", (const char *)data, size};
-    hb_chat_render(section, seed_bytes, &m, 1, NULL, 0);
+    memcpy(section, data, n);
+    use(section, n, data + n, size - n);
+    converse(section, n, data + n, size - n);
     free(section);
     return 0;
 }

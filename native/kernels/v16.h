@@ -284,7 +284,11 @@ HB_INLINE v16 v16_select_lt(v16 a, v16 b, v16 yes, v16 no) {
     HB_LANES(v16, a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
 }
 HB_INLINE v16 v16_rint(v16 a) { HB_LANES(v16, nearbyintf(a.v[i])); }
-HB_INLINE v16 v16_pow2(v16 n) { HB_LANES(v16, hb_from_bits((uint32_t)((int32_t)n.v[i] + 127) << 23)); }
+/* Of a number that no int32 holds, the smallest one, as on x86: C leaves that conversion undefined. */
+HB_INLINE int32_t hb_to_i32(float x) {
+    return x >= -2147483648.0f && x < 2147483648.0f ? (int32_t)x : INT32_MIN;
+}
+HB_INLINE v16 v16_pow2(v16 n) { HB_LANES(v16, hb_from_bits((uint32_t)(hb_to_i32(n.v[i]) + 127) << 23)); }
 HB_INLINE v16 v16_load_f16(const uint16_t *p) { HB_LANES(v16, hb_from_f16(p[i])); }
 HB_INLINE void v16_store_f16(uint16_t *p, v16 a) {
     for (int i = 0; i < 16; i++) p[i] = hb_to_f16(a.v[i]);
@@ -321,7 +325,7 @@ HB_INLINE int32_t vi16_sum(vi16 a) {
 HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) {
     for (int i = 0; i < 16; i++) p[i] = (int8_t)a.v[i];
 }
-HB_INLINE vi16 vi16_round(v16 a) { HB_LANES(vi16, (int32_t)nearbyintf(a.v[i])); }
+HB_INLINE vi16 vi16_round(v16 a) { HB_LANES(vi16, hb_to_i32(nearbyintf(a.v[i]))); }
 HB_INLINE v16 v16_from_int(vi16 a) { HB_LANES(v16, (float)a.v[i]); }
 HB_INLINE v16 v16_as_float(vi16 a) { HB_LANES(v16, hb_from_bits((uint32_t)a.v[i])); }
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { HB_LANES(v16, test.v[i] ? a.v[i] : 0.0f); }
