@@ -74,21 +74,11 @@ def cpu_name(root: Path = ROOT) -> str:
     return board or platform.processor() or platform.machine()
 
 
-def cpu_flags(root: Path = ROOT) -> set[str]:
-    """Everything that every core can do, by the names Linux uses; empty on other systems."""
-    lists = [b.get("flags") or b.get("Features") for b in _cpuinfo(root)]
-    sets = [set(text.split()) for text in lists if text]
-    return set.intersection(*sets) if sets else set()
-
-
-def cpu_vendor(root: Path = ROOT) -> str:
-    """"AuthenticAMD", "GenuineIntel"; empty where the system does not say."""
-    return next((b["vendor_id"] for b in _cpuinfo(root) if "vendor_id" in b), "")
-
-
 def isa(root: Path = ROOT) -> list[str]:
     """Instruction sets that every core has, among those that kernels use."""
-    everywhere = cpu_flags(root)
+    lists = [b.get("flags") or b.get("Features") for b in _cpuinfo(root)]
+    sets = [set(text.split()) for text in lists if text]
+    everywhere = set.intersection(*sets) if sets else set()
     return [f for f in (*_X86, *_ARM) if f in everywhere]
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from halfbyte.devices import openblas
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.cli.arguments import add_json, number, whole
 from halfbyte.runtime.cli.report import of_file
@@ -93,7 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, then open the result once more to report what is in it."""
-    openblas.use_wide_kernels()
     import halfbyte
     from halfbyte.formats.container import File
     from halfbyte.runtime.model import weight_facts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 
-from halfbyte.devices import openblas
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime import library
 from halfbyte.runtime.cli.arguments import whole
@@ -34,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch, convert, remember."""
-    openblas.use_wide_kernels()
     import halfbyte
     from halfbyte.runtime import hub
 
