@@ -88,12 +88,13 @@ class Sampler:
         Raises HalfbyteError for NaN, +inf, or when every token is forbidden; UsageError for a bias
         whose id the vocabulary does not have.
         """
-        values = _checked(logits)
+        values, best = _checked(logits)
         how = self.sampling
-        if how.logit_bias or (how.penalizes and len(history)):
+        adjusted = how.logit_bias or (how.penalizes and len(history))
+        if adjusted:
             values = self._adjusted(values, history)
         if how.temperature == 0.0:
-            return int(np.argmax(values))
+            return int(np.argmax(values)) if adjusted else best
         return self._draw(values)
 
     def fork(self) -> Sampler:
@@ -170,7 +171,7 @@ def logprobs(logits: np.ndarray, token: int, top_n: int) -> tuple[float, list[tu
     logits [vocab] float32, before penalties and temperature. Raises UsageError for a token or a count
     out of range.
     """
-    values = _checked(logits).astype(np.float64)
+    values = _checked(logits)[0].astype(np.float64)
     if not 0 <= token < values.size:
         raise UsageError(f"token {token} does not exist; the model has {values.size} tokens")
     _integer("the number of log probabilities", top_n, values.size)
@@ -202,15 +203,17 @@ def _nucleus(values: np.ndarray, weights: np.ndarray, top_p: float) -> np.ndarra
         count *= 8
 
 
-def _checked(logits: np.ndarray) -> np.ndarray:
+def _checked(logits: np.ndarray) -> tuple[np.ndarray, int]:
+    """A row that can be sampled from, and the id of its highest value."""
     values = np.asarray(logits)
     if values.ndim != 1 or not values.size:
         raise UsageError(f"logits must be one row of the vocabulary, not of shape {list(values.shape)}")
-    top = values.max()  # NaN wins every comparison in numpy's max
+    best = int(values.argmax())  # of a NaN, where there is one
+    top = values[best]
     if not np.isfinite(top):
         found = "NaN" if np.isnan(top) else "infinity" if top > 0 else "no possible token"
         raise HalfbyteError(f"the model's output holds {found}; the file may be damaged (try --verify)")
-    return values
+    return values, best
 
 
 def _real(name: str, value: Any, low: float, high: float) -> None:
