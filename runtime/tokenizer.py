@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
+from halfbyte.formats.byte_decoder import ByteDecoder
 from halfbyte.formats.errors import TokenizerError, UsageError
 
 _MAX_HELD = 16  # tokens that a stream without a byte table holds back for a character to become whole
@@ -35,7 +36,7 @@ class Tokenizer:
         self.eos_ids = tuple(eos_ids)
         self.add_bos = add_bos and bos_id is not None
         self._bytes: dict[int, bytes] = {}
-        self._decoder = _ByteDecoder.of(self._library)
+        self._decoder = _byte_decoder(self._library)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -196,89 +197,14 @@ class TextStream:
         return new
 
 
-class _ByteDecoder:
-    """A tokenizer's decoder as a map from a vocabulary's spelling to bytes.
-
-    byte_level  the spelling is in GPT-2's alphabet, one printable character a byte
-    replaced    (from, to) pairs applied to the spelling, such as U+2581 to a space
-    fallback    '<0xNN>' is that byte
-    strip       characters cut from the start of the whole text, if they are `strip_text`
-    metaspace   the first token loses its U+2581 altogether, as the library's Metaspace does
-    """
-
-    def __init__(self) -> None:
-        self.byte_level = False
-        self.fallback = False
-        self.replaced: list[tuple[str, str]] = []
-        self.strip = 0
-        self.strip_text = b" "
-        self.metaspace: str | None = None
-
-    @staticmethod
-    def of(library: Any) -> _ByteDecoder | None:
-        """Read the library's decoder; None if it does anything else than map tokens to bytes."""
-        if library.decoder is None:
-            return None
-        state = json_module.loads(library.decoder.__getstate__())
-        steps = state["decoders"] if state.get("type") == "Sequence" else [state]
-        rules = _ByteDecoder()
-        fused = False
-        for step in steps:
-            kind = step.get("type")
-            if kind == "ByteLevel" and len(steps) == 1:
-                rules.byte_level = True
-            elif kind == "ByteFallback":
-                rules.fallback = True
-            elif kind == "Fuse":
-                fused = True
-            elif kind == "Replace" and "String" in step["pattern"] and not fused and not rules.fallback:
-                rules.replaced.append((step["pattern"]["String"], step["content"]))
-            elif kind == "Strip" and fused and not step["stop"]:
-                rules.strip, rules.strip_text = step["start"], step["content"].encode("utf-8")
-            elif kind == "Metaspace" and not fused and not rules.fallback:
-                rules.replaced.append((step["replacement"], " "))
-                if step.get("prepend_scheme", "always") != "never":
-                    rules.metaspace = step["replacement"]
-            else:
-                return None
-        return rules
-
-    def bytes_of(self, piece: str) -> bytes:
-        if self.byte_level:
-            alphabet = _byte_alphabet()
-            if all(character in alphabet for character in piece):
-                return bytes([alphabet[character] for character in piece])
-            return piece.encode("utf-8")
-        if self.fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            try:
-                return bytes([int(piece[3:5], 16)])
-            except ValueError:
-                pass
-        for old, new in self.replaced:
-            piece = piece.replace(old, new)
-        return piece.encode("utf-8")
-
-    def first_bytes(self, piece: str, raw: bytes) -> bytes:
-        """The bytes of a text's first token, without the space that encoding put in front."""
-        if self.metaspace is not None:
-            return piece.replace(self.metaspace, "").encode("utf-8") if self.metaspace in piece else raw
-        for _ in range(self.strip):
-            raw = raw.removeprefix(self.strip_text)
-        return raw
-
-
-_ALPHABET: dict[str, int] = {}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones are themselves, the rest count up from U+0100."""
-    if not _ALPHABET:
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in printable]
-        letters = {chr(byte): byte for byte in printable}
-        letters.update({chr(0x100 + rank): byte for rank, byte in enumerate(others)})
-        _ALPHABET.update(letters)
-    return _ALPHABET
+def _byte_decoder(library: Any) -> ByteDecoder | None:
+    """The library's decoder; None if it does anything else than map tokens to bytes."""
+    if library.decoder is None:
+        return None
+    try:
+        return ByteDecoder.of(json_module.loads(library.decoder.__getstate__()))
+    except TokenizerError:
+        return None
 
 
 def _halves(text: str, spelling: str) -> list[str]:

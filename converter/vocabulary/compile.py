@@ -14,6 +14,7 @@ from halfbyte.converter.vocabulary.code_points import word_characters
 from halfbyte.converter.vocabulary.patterns import Characters, automaton
 from halfbyte.converter.vocabulary.steps import normalizer_steps, pre_tokenizer_steps
 from halfbyte.formats import vocab
+from halfbyte.formats.byte_decoder import ByteDecoder, byte_alphabet
 from halfbyte.formats.errors import TokenizerError
 from halfbyte.formats.vocab import Vocab
 from halfbyte.formats.vocab_tables import MAX_ID, MAX_RANK, NONE, merge_table, token_table, trie
@@ -21,13 +22,6 @@ from halfbyte.formats.vocab_tables import MAX_ID, MAX_RANK, NONE, merge_table, t
 _SPACE = "\u2581"
 _BYTES = [f"<0x{b:02X}>" for b in range(256)]
 _MODELS = {"BPE": "bpe", "Unigram": "unigram", "WordPiece": "wordpiece"}
-
-
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones are themselves, the rest count up from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 def spelling(encoded: bytes, index: int | None) -> str:
@@ -260,51 +254,24 @@ class _Decoder:
     """What each token adds to a text, and how that differs for the first: (rule, count, text)."""
 
     def __init__(self, entry: dict[str, Any] | None, library: Any) -> None:
-        self.alphabet: dict[str, int] | None = None
-        self.fallback = False
-        self.replaced: list[tuple[str, str]] = []
-        self.chain: Any = None
-        self.first: tuple[int, int, bytes] = (vocab.FIRST_SAME, 0, b"")
         if entry is None:
             raise TokenizerError("a tokenizer without decoder")
-        fused = False
+        self.rules: ByteDecoder | None = None
+        self.first: tuple[int, int, bytes] = (vocab.FIRST_SAME, 0, b"")
         steps = entry["decoders"] if entry["type"] == "Sequence" else [entry]
-        for step in steps:
-            kind = step["type"]
-            if kind == "ByteLevel" and len(steps) == 1:
-                self.alphabet = byte_alphabet()
-            elif kind == "WordPiece" and len(steps) == 1:
-                self.chain = library.decoder.decode
-                self.first = (vocab.FIRST_SPELLED, 0, b"")
-            elif kind == "ByteFallback":
-                self.fallback = True
-            elif kind == "Fuse":
-                fused = True
-            elif kind == "Replace" and "String" in step["pattern"] and not fused and not self.fallback:
-                self.replaced.append((step["pattern"]["String"], step["content"]))
-            elif kind == "Strip" and fused and not step["stop"]:
-                self.first = (vocab.FIRST_STRIP, step["start"], step["content"].encode())
-            elif kind == "Metaspace" and not fused and not self.fallback:
-                self.replaced.append((step["replacement"], " "))
-                if step.get("prepend_scheme", "always") != "never":
-                    self.first = (vocab.FIRST_WITHOUT, 0, step["replacement"].encode())
-            else:
-                raise TokenizerError(f"the decoder {kind}")
+        if [step["type"] for step in steps] == ["WordPiece"]:
+            self.chain = library.decoder.decode
+            self.first = (vocab.FIRST_SPELLED, 0, b"")
+            return
+        self.rules = rules = ByteDecoder.of(entry)
+        if rules.metaspace is not None:
+            self.first = (vocab.FIRST_WITHOUT, 0, rules.metaspace.encode())
+        elif rules.strip:
+            self.first = (vocab.FIRST_STRIP, rules.strip, rules.strip_text)
 
     def shown(self, piece: str) -> bytes:
-        if self.alphabet:
-            if all(c in self.alphabet for c in piece):
-                return bytes([self.alphabet[c] for c in piece])
-            return piece.encode()
-        if self.chain:
-            if piece and self.chain([piece]) != piece:
-                raise TokenizerError(f"the decoder, which changes a text's first token {piece!r}")
-            return self.chain(["x", piece])[1:].encode() if piece else b""
-        if self.fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            try:
-                return bytes([int(piece[3:5], 16)])
-            except ValueError:
-                pass
-        for old, new in self.replaced:
-            piece = piece.replace(old, new)
-        return piece.encode()
+        if self.rules is not None:
+            return self.rules.bytes_of(piece)
+        if piece and self.chain([piece]) != piece:
+            raise TokenizerError(f"the decoder, which changes a text's first token {piece!r}")
+        return self.chain(["x", piece])[1:].encode() if piece else b""
