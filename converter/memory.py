@@ -21,6 +21,8 @@ BLOCK_BYTES = 16  # held for every weight of a block while it is rounded
 SMALLEST_BLOCK = 1 << 16
 PROOF_BYTES = 28  # held for every weight of a block while it is compared
 TOKENIZER = 200_000_000  # one of 128000 tokens, and a text in it
+# What a process holds of its libraries before it begins depends on what the system has cached of them.
+VARIES = 40_000_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def budget(
     """How to keep a process below `cap` bytes. tokens: to calibrate on, at most; calibrated: whether by a text of the
     user's, which is then in memory already. proves: whether a proof is written, measures: on a text.
 
-    Raises UsageError where it cannot be done, with the number of bytes that are needed.
+    Raises UsageError where it cannot be done, with a number of bytes that is enough the next time too.
     """
     if cap is None:
         return Budget()
@@ -63,10 +65,9 @@ def budget(
         max(needed, fixed + _proof(matrices, measures, calibrated)) if proves else needed,
     )
     if needed > cap:
-        instead = f" ({_megabytes(without)} with --no-proof)" if needed > without else ""
-        raise UsageError(
-            f"{_megabytes(cap)} of memory are too little: {method} of this model needs {_megabytes(needed)}{instead}"
-        )
+        instead = f" ({_megabytes(without + VARIES)} with --no-proof)" if needed > without else ""
+        needs = f"{_megabytes(cap)} of memory are too little: {method} of this model needs"
+        raise UsageError(f"{needs} {_megabytes(needed + VARIES)}{instead}")
     room = (cap - fixed) // BLOCK_BYTES
     return Budget(min(assemble.BLOCK_WEIGHTS, max(least, room)), min(calibrate.ACTIVATIONS, cap - needed))
 
