@@ -28,7 +28,7 @@ setup: $(VENV)/.user ## install halfbyte into .venv (works without a C compiler)
 dev: $(VENV)/.dev ## the same with the tools for tests and linting
 
 torch: $(VENV)/.dev ## PyTorch into .venv, for the tests of the cuda backend and of training, which are skipped without it
-	$(BIN)/python -m pip install --quiet 'torch>=2.6'
+	$(BIN)/python -m pip install --quiet torch==2.13.0
 
 native: $(VENV)/.dev ## build the C library for development into build/native (needs a C compiler)
 ifeq ($(CC_FOUND),)

@@ -317,7 +317,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap:
 
 def to_f8(x: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [n, cols] -> E4M3 [n, cols] and float32 [n] scales amax / 448 (1 where a row is zero)."""
-    amax = x.abs().amax(dim=1)
+    amax = torch.linalg.vector_norm(x, torch.inf, dim=1)  # one pass over memory, where abs().amax() has three
     scale = torch.where(amax >= float(TINY), amax / torch.full_like(amax, F8_MAX), 1.0)
     return (x / scale[:, None]).to(torch.float8_e4m3fn), scale
 
