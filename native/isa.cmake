@@ -26,6 +26,12 @@ function(halfbyte_isa_flags)
       set(flags -Os) # half of a module's bytes otherwise
     elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^wasm" AND (source MATCHES "^src/" OR source MATCHES "(embed|gather|kv_put|rope)_scalar"))
       set(flags -Oz) # not where time goes
+    elseif(halfbyte_arm AND source MATCHES "_scalar\\.c$" AND NOT source MATCHES "(embed|gather)_scalar")
+      set(flags -Os -DHB_SMALL) # NEON is of the baseline: these are to compare with
+    elseif(source MATCHES "^src/" AND NOT source MATCHES "(exec|pool|sampler|sha256|normalise|tokeni[a-z_]*)\\.c$")
+      set(flags -Os) # not where time goes
+    elseif(source MATCHES "^src/")
+      set(flags -O2)
     elseif(source MATCHES "_scalar\\.c$")
       set(flags -O2) # -O3 unrolls lane loops to five times the size
     else()

@@ -7,7 +7,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(HB_SMALL) /* a fallback of machines that always have better: bytes count, time does not */
+#define HB_INLINE static __attribute__((unused))
+#else
 #define HB_INLINE static inline __attribute__((always_inline, unused))
+#endif
 #define HB_OUTLINE \
     static __attribute__((noinline, unused)) /* tails: rare, and large where there are no masks */
 

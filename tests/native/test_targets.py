@@ -19,6 +19,7 @@ from halfbyte.runtime.backends import native
 from halfbyte.runtime.model import load
 
 LARGEST = 400_000  # bytes of the module
+LARGEST_LIBRARY = 500_000  # of the library for AArch64 with every kernel, stripped
 COUNT = 10
 
 pytestmark = pytest.mark.skipif(
@@ -55,6 +56,14 @@ def test_aarch64_gives_the_tokens_of_python(arm: Path, greedy: dict[Path, Any]) 
         assert done.returncode == 0, done.stderr
         assert [int(i) for i in done.stdout.split()] == want, file.stem
     print(f"\n{len(greedy)} models")
+
+
+def test_the_library_for_aarch64_is_small(arm: Path, tmp_path: Path) -> None:  # noqa: F811
+    library = tmp_path / "libhalfbyte.so"
+    strip = ["aarch64-linux-gnu-strip", "-o", library, arm / "lib" / "libhalfbyte.so"]
+    subprocess.run(strip, check=True)
+    print(f"\nAArch64: {library.stat().st_size} bytes")
+    assert 100_000 < library.stat().st_size <= LARGEST_LIBRARY
 
 
 def test_webassembly_gives_the_tokens_of_python(greedy: dict[Path, Any], tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ typedef struct {
 
 /* Sums of half a panel at a time fit the registers; those of all 16 rows do not. */
 #define QUAD_PARTS 2
-HB_INLINE void quad_store_part(float *p, v16 a, const int half) {
-    vst1q_f32(p + 8 * half, a.v[2 * half]);
-    vst1q_f32(p + 8 * half + 4, a.v[2 * half + 1]);
+HB_INLINE void quad_store_part(float *p, v16 a) { /* the first half */
+    vst1q_f32(p, a.v[0]);
+    vst1q_f32(p + 4, a.v[1]);
 }
 
 HB_INLINE quad quad_load(const uint8_t *p) {

@@ -234,7 +234,8 @@ static void unpack(const source *s, uint32_t b0, uint32_t b1, const unpacked *u)
         factors a = source_factors(s, b / m->blocks_per_group);
         v16_store(u->scale + at, a.scale);
         if (m->mins) v16_store(u->min + at, a.min);
-        if (m->zeros || m->block < 32) vi16_store(u->offset + at, m->zeros ? a.offset : vi16_set1(s->offset));
+        if (m->zeros || m->block < 32 || s->offset != QUAD_OFFSET_SIGNED)
+            vi16_store(u->offset + at, m->zeros ? a.offset : vi16_set1(s->offset));
         if (b % per32) continue;
         vi16 shift = m->row ? vi16_sub(a.offset, vi16_set1(s->offset)) : vi16_zero();
         source_store(s, b / per32, shift, m->block > 4, u->codes + (size_t)(b - b0) / per32 * 512);
