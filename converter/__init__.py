@@ -138,8 +138,8 @@ def convert(
             planned, storages = table.read(Path(plan), b)
             method = planned if method == "auto" else method
             table.store(b, storages)
-        elif recipe.endswith("+"):
-            table.lift_head(b)
+        elif not goal:
+            table.lift_head(b, recipe)
         how = Plan(
             b,
             Weights(b),

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from halfbyte.converter.allocation.solve import solve
-from halfbyte.converter.allocation.table import Measured, Table, bytes_of, matrices, store
+from halfbyte.converter.allocation.table import Measured, Table, bytes_of, matrices, output, store
 from halfbyte.converter.builder import Builder
-from halfbyte.converter.recipe import Storage
+from halfbyte.converter.recipe import RECIPES, Storage, base, head
 from halfbyte.converter.weights import Weights
 from halfbyte.formats import tiles
 from halfbyte.formats.errors import UsageError
@@ -105,9 +105,17 @@ class Allocation:
         return choice if self.bits(choice) >= bits - NEAR else None
 
     def uniform(self, least: float) -> list[list[int]]:
-        """The plans with one encoding for every matrix, of at least so many bits."""
+        """The plans of the recipes, with one encoding for all matrices or all but one, of at least so many bits."""
         common = set.intersection(*map(set, self.names)) if self.names else set()
         plans = [[row.index(e) for row in self.names] for e in sorted(common)]
+        last = output(self.b).name
+        for name in (n for n in RECIPES if base(n) in common):
+            own = {t.name: base(name) for t in self.free}
+            if last in own and (lifted := head(name, Storage(base(name))).encoding) in self.measured[last]:
+                own[last] = lifted
+            plan = [row.index(own[t.name]) for t, row in zip(self.free, self.names)]
+            if plan not in plans:
+                plans.append(plan)
         return [p for p in plans if self.bits(p) >= least]
 
     def fits(self, choice: Sequence[int], goal: Goal, length: Callable[[], int]) -> bool:
