@@ -127,12 +127,22 @@ class Allocation:
         """The smallest option of every matrix."""
         return [int(np.argmin(row)) for row in self.sizes]
 
+    def check(self, goal: Goal, length: Callable[[], int]) -> None:
+        """Raise UsageError for bits or bytes that even the lightest plan exceeds; the builder may be left with that."""
+        lightest = self.lightest()
+        if goal.bits is not None and self.bits(lightest) > goal.bits + NEAR:
+            raise UsageError(
+                f"{goal.bits:g} bits is too few: the smallest plan has {self.bits(lightest):.3f}"
+            )
+        if goal.nbytes is not None:
+            self.apply(lightest)
+            if (least := length()) > goal.nbytes:
+                raise UsageError(
+                    f"{goal.nbytes} bytes is too few: the smallest file of this model has {least}"
+                )
+
     def for_bits(self, bits: float) -> list[int]:
         """The best plan of bits - NEAR to bits a weight; where none lies there, of up to NEAR more."""
-        if self.bits(self.lightest()) > bits + NEAR:
-            raise UsageError(
-                f"{bits:g} bits is too few: the smallest plan has {self.bits(self.lightest()):.3f}"
-            )
         least, most = ((bits + d) * self.weights / 8 - self.fixed for d in (-NEAR, 0.0))
         closest = [int(np.argmin(row)) for row in self.klds]
         if self.total(self.sizes, closest) <= least:
@@ -236,6 +246,8 @@ def choose(
     """
     from halfbyte.converter.allocation import evaluate
 
+    unmeasured = dict.fromkeys(evaluate.ENCODINGS, Measured(0.0, 0.0))
+    Allocation(b, {t.name: unmeasured for t in matrices(b) if not t.storage.packed}).check(goal, length)
     with tempfile.TemporaryDirectory(prefix=".halfbyte-", dir=folder) as temporary:
         scratch = evaluate.Scratch(b, weights, Path(temporary) / "float.hb", meta)
         s = evaluate.Sensitivity(b, weights, sequences, scratch, method)
