@@ -107,7 +107,9 @@ PEERS = (
 )
 OURS = (
     Ours("q3", text=True),
-    Ours("q4", method="rtn"),
+    Ours("q4-", method="rtn"),
+    Ours("q4-"),
+    Ours("q4-", text=True),
     Ours("q4"),
     Ours("q4", text=True),
     Ours("q4+"),
@@ -116,6 +118,8 @@ OURS = (
     Ours("q6", text=True),
     Ours("q8", method="rtn"),
     Ours(like="q3 + text", text=True),
+    Ours(like="q4-"),
+    Ours(like="q4- + text", text=True),
     Ours(like="q4"),
     Ours(like="q4 + text", text=True),
     Ours(like="q5 + text", text=True),

@@ -120,6 +120,10 @@ def convert(
         if rotate:
             _rotate(b)
         json, meta = _text(checkpoint, b.vocab)
+        if goal and not json:
+            raise UsageError(
+                "a goal is measured on text, which takes a tokenizer, and the model has none; see --tokenizer, --plan"
+            )
         template = _unicode(checkpoint.chat_template or "", "the chat template")
         extras = _extras(json, meta, template, note)
         total = sum(t.shape[0] * t.shape[1] for t in b.tensors if len(t.shape) == 2)
@@ -138,8 +142,8 @@ def convert(
             planned, storages = table.read(Path(plan), b)
             method = planned if method == "auto" else method
             table.store(b, storages)
-        elif recipe.endswith("+"):
-            table.lift_head(b)
+        elif not goal:
+            table.lift_head(b, recipe)
         how = Plan(
             b,
             Weights(b),

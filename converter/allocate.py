@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from halfbyte.converter.allocation.solve import solve
-from halfbyte.converter.allocation.table import Measured, Table, bytes_of, matrices, store
+from halfbyte.converter.allocation.table import Measured, Table, bytes_of, matrices, output, store
 from halfbyte.converter.builder import Builder
-from halfbyte.converter.recipe import Storage
+from halfbyte.converter.recipe import RECIPES, Storage, base, head
 from halfbyte.converter.weights import Weights
 from halfbyte.formats import tiles
 from halfbyte.formats.errors import UsageError
@@ -105,9 +105,17 @@ class Allocation:
         return choice if self.bits(choice) >= bits - NEAR else None
 
     def uniform(self, least: float) -> list[list[int]]:
-        """The plans with one encoding for every matrix, of at least so many bits."""
+        """The plans of the recipes, with one encoding for all matrices or all but one, of at least so many bits."""
         common = set.intersection(*map(set, self.names)) if self.names else set()
         plans = [[row.index(e) for row in self.names] for e in sorted(common)]
+        last = output(self.b).name
+        for name in (n for n in RECIPES if base(n) in common):
+            own = {t.name: base(name) for t in self.free}
+            if last in own and (lifted := head(name, Storage(base(name))).encoding) in self.measured[last]:
+                own[last] = lifted
+            plan = [row.index(own[t.name]) for t, row in zip(self.free, self.names)]
+            if plan not in plans:
+                plans.append(plan)
         return [p for p in plans if self.bits(p) >= least]
 
     def fits(self, choice: Sequence[int], goal: Goal, length: Callable[[], int]) -> bool:
@@ -119,12 +127,22 @@ class Allocation:
         """The smallest option of every matrix."""
         return [int(np.argmin(row)) for row in self.sizes]
 
+    def check(self, goal: Goal, length: Callable[[], int]) -> None:
+        """Raise UsageError for bits or bytes that even the lightest plan exceeds; the builder may be left with that."""
+        lightest = self.lightest()
+        if goal.bits is not None and self.bits(lightest) > goal.bits + NEAR:
+            raise UsageError(
+                f"{goal.bits:g} bits is too few: the smallest plan has {self.bits(lightest):.3f}"
+            )
+        if goal.nbytes is not None:
+            self.apply(lightest)
+            if (least := length()) > goal.nbytes:
+                raise UsageError(
+                    f"{goal.nbytes} bytes is too few: the smallest file of this model has {least}"
+                )
+
     def for_bits(self, bits: float) -> list[int]:
         """The best plan of bits - NEAR to bits a weight; where none lies there, of up to NEAR more."""
-        if self.bits(self.lightest()) > bits + NEAR:
-            raise UsageError(
-                f"{bits:g} bits is too few: the smallest plan has {self.bits(self.lightest()):.3f}"
-            )
         least, most = ((bits + d) * self.weights / 8 - self.fixed for d in (-NEAR, 0.0))
         closest = [int(np.argmin(row)) for row in self.klds]
         if self.total(self.sizes, closest) <= least:
@@ -228,6 +246,8 @@ def choose(
     """
     from halfbyte.converter.allocation import evaluate
 
+    unmeasured = dict.fromkeys(evaluate.ENCODINGS, Measured(0.0, 0.0))
+    Allocation(b, {t.name: unmeasured for t in matrices(b) if not t.storage.packed}).check(goal, length)
     with tempfile.TemporaryDirectory(prefix=".halfbyte-", dir=folder) as temporary:
         scratch = evaluate.Scratch(b, weights, Path(temporary) / "float.hb", meta)
         s = evaluate.Sensitivity(b, weights, sequences, scratch, method)

@@ -404,7 +404,7 @@ def sequences(
         ids = tokenizer.encode(text, bos=False, special=False)
         step = max(1, length - len(start))
         found = [start + ids[i : i + step] for i in range(0, len(ids), step)]
-    found = [s for s in found if len(s) > 1]
+    found = [s for s in found if len(s) > 1] if text.strip() else []
     if not found:
         raise UsageError(f"{path} has no text to calibrate on")
     chosen = np.unique(np.linspace(0, len(found) - 1, most or len(found)).astype(int))

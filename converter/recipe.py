@@ -2,7 +2,7 @@
 
 `keep` stores codes that arrived quantised as they are and floats in their own type; the others name
 the encoding of every matrix, except that integer codes already at most as wide are kept rather than
-rounded a second time. With a + the output matrix gets more (`head`).
+rounded a second time. Some give the matrix that makes the logits more (`head`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ RECIPES = {
     "q6": "6-bit levels, groups of 32: 6.25 bits",
     "q5": "5-bit non-linear levels, groups of 32: 5.25 bits",
     "q4+": "q4, and at least 6 bits for the matrix that makes the logits",
-    "q4": "4-bit non-linear levels, groups of 32: 4.25 bits",
+    "q4": "4-bit non-linear levels, groups of 32: 4.25 bits; 5.25 for the matrix that makes the logits",
+    "q4-": "the same without the exception: 4.25 bits for all",
     "q3+": "q3, likewise",
     "q3": "3-bit non-linear levels, groups of 32: 3.25 bits",
     "q2": "2-bit non-linear levels, groups of 32: 2.25 bits",
@@ -33,8 +34,10 @@ RECIPES = {
 }
 
 # Nothing after the matrix that makes the logits can make up for its errors, and as a tied embedding it is where most
-# of the error comes from (benchmarks/LOG.md). llama.cpp's types give it Q6_K.
-HEAD = "q6"
+# of the error comes from. One bit more for it removes about as much of it as two (benchmarks/LOG.md); llama.cpp's
+# types give it Q6_K.
+HEADS = {"q4": "q5"}  # by recipe; a - leaves them out
+HEAD = "q6"  # with a +
 
 METHODS = {
     "auto": "gptq for a model that brings a tokenizer, else rtn",
@@ -93,18 +96,25 @@ class Recipe:
         return kept if narrow and parameters_are_valid(source, group, scale_type) else wanted
 
 
-def head(storage: Storage) -> Storage:
-    """The storage of the output matrix under a recipe with + that gives other matrices `storage`."""
+def base(name: str) -> str:
+    """A recipe's name without the sign that says what the output matrix gets."""
+    return name.removesuffix("-") if name.removesuffix("-") in HEADS else name.removesuffix("+")
+
+
+def head(name: str, storage: Storage) -> Storage:
+    """The storage of the output matrix under the recipe of that name, which gives other matrices `storage`."""
+    wanted = HEAD if name.endswith("+") else HEADS.get(name)
+    if wanted is None or storage.packed:
+        return storage
     e = BY_NAME[storage.encoding]
-    lifts = e.row_scale and e.bits < BY_NAME[HEAD].bits
-    return Storage(HEAD) if lifts and not storage.packed else storage
+    return Storage(wanted) if e.has_codes and not e.is_float and e.bits < BY_NAME[wanted].bits else storage
 
 
 def recipe(name: str) -> Recipe:
     """The recipe of that name. Raises UsageError for an unknown one."""
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
-    return Recipe(name.removesuffix("+"))
+    return Recipe(base(name))
 
 
 def check_method(name: str) -> str:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from halfbyte.converter.builder import Builder, Matrix
-from halfbyte.converter.recipe import RECIPES, STORAGES, Storage, check_method, head
+from halfbyte.converter.recipe import RECIPES, STORAGES, Storage, base, check_method, head
 from halfbyte.formats import tiles
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import UsageError
 from halfbyte.formats.ops import BY_NAME as BY_OP
 
-ENCODINGS = tuple(n for n in RECIPES if not n.endswith("+") and n not in STORAGES)
+ENCODINGS = tuple(n for n in RECIPES if base(n) == n and n not in STORAGES)
 KEEP = "keep"  # codes that arrived quantised stay as they are
 
 
@@ -54,13 +54,19 @@ def store(b: Builder, storages: Mapping[str, Storage]) -> None:
             b.tensors[i] = replace(t, storage=storages[t.name])
 
 
-def lift_head(b: Builder) -> None:
-    """Give the matrix that makes the logits the storage of a head."""
+def output(b: Builder) -> Matrix:
+    """The matrix that makes the logits."""
     records, _, _ = b.finish()
     linear = BY_OP["linear"].code
     t = b.tensors[int(records[records["code"] == linear][-1]["w"][0])]
     assert isinstance(t, Matrix)
-    store(b, {t.name: head(t.storage)})
+    return t
+
+
+def lift_head(b: Builder, recipe: str) -> None:
+    """Give the matrix that makes the logits what a recipe has for it."""
+    t = output(b)
+    store(b, {t.name: head(recipe, t.storage)})
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from halfbyte.converter.builder import Builder, Matrix
-from halfbyte.converter.recipe import HEAD, Recipe, Storage
+from halfbyte.converter.recipe import HEADS, Recipe, Storage, base, head
 from halfbyte.formats import kv_modes
 from halfbyte.formats.encodings import BY_NAME
 from halfbyte.formats.errors import UsageError
 from halfbyte.formats.ops import BY_NAME as OP
 
-# Recipe -> storage of every matrix; with a + the matrix that makes the logits gets `converter.recipe.HEAD`.
+# Recipe -> storage of every matrix but, where `converter.recipe.head` says so, that which makes the logits.
 STORAGES = {
     **{name: Storage(name) for name in ("q8", "q6", "q5", "q4", "q3", "q2")},
     "ternary": Storage("i2", 64, "f16"),
@@ -74,10 +74,11 @@ class Options:
 
     def check(self) -> None:
         """Raise UsageError for a value that makes no sense."""
-        if self.recipe.removesuffix("+") not in STORAGES:
+        if base(self.recipe) not in STORAGES:
             known = ", ".join(STORAGES)
             raise UsageError(
-                f"recipe {self.recipe!r} is not one to train: there are {known}, each also with +"
+                f"recipe {self.recipe!r} is not one to train: there are {known}, each also with +,"
+                f" and {', '.join(f'{n}-' for n in HEADS)}"
             )
         if self.policy not in POLICIES:
             raise UsageError(f"unknown arithmetic policy {self.policy!r}; there are {', '.join(POLICIES)}")
@@ -95,7 +96,7 @@ class Options:
     @property
     def rate(self) -> float:
         """The peak of the learning rate."""
-        bits = BY_NAME[STORAGES[self.recipe.removesuffix("+")].encoding].bits
+        bits = BY_NAME[STORAGES[base(self.recipe)].encoding].bits
         return RATES.get(bits, RATE) if self.lr is None else self.lr
 
     def facts(self) -> dict[str, object]:
@@ -110,16 +111,14 @@ def source_recipe() -> Recipe:
 
 def store(b: Builder, recipe: str) -> None:
     """Give every float matrix of a builder its storage under a recipe. Raises UsageError when there is none."""
-    storage = STORAGES[recipe.removesuffix("+")]
+    storage = STORAGES[base(recipe)]
     records, _, _ = b.finish()
     last = int(records[records["code"] == OP["linear"].code][-1]["w"][0])
     trained = 0
     for i, t in enumerate(b.tensors):
         if isinstance(t, Matrix) and not t.storage.packed:
-            lifted = (
-                recipe.endswith("+") and i == last and BY_NAME[storage.encoding].bits < BY_NAME[HEAD].bits
-            )
-            b.tensors[i] = Matrix(t.name, t.sources, t.shape, Storage(HEAD) if lifted else storage)
+            given = head(recipe, storage) if i == last else storage
+            b.tensors[i] = Matrix(t.name, t.sources, t.shape, given)
             trained += 1
     if not trained:
         raise UsageError("the checkpoint is quantised already: there are no float weights to train")

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="q2 to q6, q8, q4+ (the head in q6), f16, bf16, f32 or keep (default: q4; keep for codes that arrive"
+        help="q2 to q6, q8, q4+ (the head in q6 rather than q5), q4- (in q4), f16, bf16, f32 or keep (default: q4; keep for codes that arrive"
         " quantised)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer instead of the source's own")

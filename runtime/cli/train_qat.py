@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         default="q4",
         metavar="NAME",
-        help="q8, q6, q5, q4, q3, q2 or ternary, with + the head in q6",
+        help="q8, q6, q5, q4, q3, q2 or ternary, with + the head in q6; q4 has it in q5, q4- in q4",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer instead of the source's own")
     parser.add_argument(

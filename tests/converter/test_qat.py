@@ -15,7 +15,7 @@ from halfbyte.formats.container import File
 from halfbyte.runtime.cli import main
 
 ENCODINGS = (("q2", 32), ("q3", 32), ("q4", 32), ("q5", 32), ("q6", 32), ("q8", 32), ("i2", 64))
-RECIPES = ("q2", "q3", "q4", "q4+", "q8", "ternary")
+RECIPES = ("q2", "q3", "q4", "q4-", "q4+", "q8", "ternary")
 
 
 @pytest.fixture(scope="module")

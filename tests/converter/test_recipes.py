@@ -17,7 +17,7 @@ from halfbyte.converter.builder import Builder, Matrix
 from halfbyte.converter.checkpoints.checkpoint import Checkpoint, Packed
 from halfbyte.converter.quantizers import rtn
 from halfbyte.converter.quantizers.float8 import LARGEST
-from halfbyte.converter.recipe import HEAD, RECIPES, STORAGES, Storage, head, recipe
+from halfbyte.converter.recipe import HEAD, HEADS, RECIPES, STORAGES, Storage, base, head, recipe
 from halfbyte.converter.weights import Weights
 from halfbyte.formats import encodings, tiles
 from halfbyte.formats.container import File
@@ -34,9 +34,10 @@ def test_searched_recipes(name: str, tmp_path: Path) -> None:
     """Every matrix has the codes of `quantize_table`, the stated bits, and the model runs."""
     case = load_case("llama-plain")
     case.write_folder(tmp_path / "c")
-    file = File(halfbyte.convert(tmp_path / "c", tmp_path / "m.hb", recipe=name, proof=False))
+    alike = f"{name}-" if name in HEADS else name
+    file = File(halfbyte.convert(tmp_path / "c", tmp_path / "m.hb", recipe=alike, proof=False))
     file.verify()
-    assert file.metadata["general.recipe"] == name and file.version == (1, encodings.BY_NAME[name].minor)
+    assert file.metadata["general.recipe"] == alike and file.version == (1, encodings.BY_NAME[name].minor)
     stored = file.tensors[file.tensor_index["embed"]]
     codes, sub, row = rtn.quantize_table(case.weights()["model.embed_tokens.weight"], name)
     for plane, want in (("codes", codes), ("scales", sub), ("row", row)):
@@ -69,17 +70,22 @@ def test_better_recipes_are_closer(tmp_path: Path) -> None:
         before = errors
 
 
-def test_a_plus_gives_the_head_six_bits(tmp_path: Path) -> None:
-    """Tied or not; wider, float and packed storages stay as they are. The plain recipe lifts nothing."""
+def test_the_head_gets_more_bits(tmp_path: Path) -> None:
+    """Tied or not: with a + six, under q4 five, with a - none. Wider, float and packed storages stay as they are."""
     for name, want in (("q2", HEAD), ("q5", HEAD), ("q6", "q6"), ("q8", "q8"), ("f16", "f16")):
-        assert head(Storage(name)).encoding == want
-    assert head(packed := Storage("i4", 32, "f16", packed=True)) == packed
+        assert head("q4+", Storage(name)).encoding == want
+    assert [head(n, Storage(base(n))).encoding for n in ("q4", "q4-", "q3", "f8")] == ["q5", "q4", "q3", "f8"]
+    assert head("q4", Storage("q8")).encoding == "q8"
+    for name in ("q4", "q4+"):
+        assert head(name, packed := Storage("i4", 32, "f16", packed=True)) == packed
     for tied in (False, True):
         folder = write_checkpoint(tmp_path / str(tied), config={"tie_word_embeddings": tied}, tokenizer=False)
-        file = File(halfbyte.convert(folder, tmp_path / "m.hb", recipe="q4+"))
-        assert file.metadata["general.recipe"] == "q4+"
-        lifted = [t.name for t in file.tensors if t.encoding == HEAD]
-        assert lifted == ["embed" if tied else "lm_head"]
+        for name, want in (("q4+", HEAD), ("q4", HEADS["q4"]), ("q4-", "q4"), (None, HEADS["q4"])):
+            file = File(halfbyte.convert(folder, tmp_path / "m.hb", recipe=name))
+            assert file.metadata["general.recipe"] == (name or "q4")
+            found = {t.name: t.encoding for t in file.tensors if t.tile == tiles.P16}
+            assert found.pop("embed" if tied else "lm_head") == want
+            assert set(found.values()) == {"q4"}
 
 
 class Held(Checkpoint):

@@ -171,7 +171,9 @@ def test_info(file, capsys):
     assert found["tokenizer"] is True and found["chat_template"] is False
     assert [s["kind"] for s in found["sections"]][-3:] == ["DATA", "PROF", "VOCB"]
     assert found["proof"].startswith("KL divergence 0.")
-    assert found["encodings"]["q4"]["bits_per_weight"] == pytest.approx(found["bits_per_weight"])
+    parts = [found["encodings"][e] for e in ("q4", "q5")]  # the second of the matrix that makes the logits
+    weights = sum(8 * p["bytes"] / p["bits_per_weight"] for p in parts)
+    assert 8 * sum(p["bytes"] for p in parts) / weights == pytest.approx(found["bits_per_weight"])
     assert found["metadata"]["model.vocab_size"] == 160
     assert found["kv_values_per_token"] == 3 * 2 * 2 * 16
     text = quiet(capsys, "info", file)

@@ -64,7 +64,7 @@ def test_nll_of_every_story(real: tuple[dict[str, Any], Path], backend: str, sha
 
 
 @pytest.mark.parametrize("source", ["stories260K/stories260K.legacy_f32.bin", "tinystories-656k"])
-def test_q8_keeps_nll_and_q4_keeps_its_size(source: str, shared_data: Path, tmp_path: Path) -> None:
+def test_q8_keeps_nll_and_q4_has_its_size(source: str, shared_data: Path, tmp_path: Path) -> None:
     texts = stories(shared_data)
     total = {}
     for recipe in ("f32", "q8", "q4"):
@@ -72,7 +72,8 @@ def test_q8_keeps_nll_and_q4_keeps_its_size(source: str, shared_data: Path, tmp_
         model = halfbyte.load(path)
         total[recipe] = sum(nll(model, s) for s in texts)
         if recipe == "q4" and source == "tinystories-656k":
-            assert 4.25 <= model.facts()["bits_per_weight"] <= 4.35
+            # 4.25, one more for the table, which is .4 of the weights, and a byte a row
+            assert 4.65 <= model.facts()["bits_per_weight"] <= 4.75
     assert abs(total["q8"] / total["f32"] - 1) < 0.002
     # 6.2 % and 2.2 % when this was written: no target, only a guard against getting worse
     assert total["q4"] / total["f32"] - 1 < (0.07 if "260K" in source else 0.03)
