@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from halfbyte.formats.errors import HalfbyteError, UsageError
+from halfbyte.runtime.json_schema import rewritten
 from halfbyte.runtime.model import Model
 
 if TYPE_CHECKING:
@@ -58,21 +59,29 @@ class Guide:
 
     def compile(self, syntax: str, source: Any) -> Grammar:
         """A grammar. source: an object for json_schema, else text. Raises UsageError, in one line."""
-        matcher = self._library.LLMatcher
         if syntax not in SYNTAXES:
             raise UsageError(f"unknown grammar syntax {syntax!r}; there are {', '.join(SYNTAXES)}")
         if syntax == "json_schema":
-            source = {} if source is True else source
-            if _depth(source) > _MAX_DEPTH:
-                raise UsageError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep")
-            _refuse_ignored(source)
-            try:
-                source = json.dumps(source, allow_nan=False)
-                source.encode("utf-8")
-            except (TypeError, ValueError, RecursionError) as error:
-                raise UsageError(f"the JSON schema cannot be read: {_one_line(error)}") from None
+            return self._schema(source)
         if not isinstance(source, str):
             raise UsageError(f"a {syntax} grammar must be text")
+        return self._compiled(syntax, source)
+
+    def _schema(self, source: Any) -> Grammar:
+        if _depth(source) > _MAX_DEPTH:
+            raise UsageError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep")
+        try:
+            return self._compiled("json_schema", _text(rewritten(source)))
+        except UsageError as error:
+            if "oneOf" not in str(error):
+                raise
+            try:
+                return self._compiled("json_schema", _text(rewritten(source, one_of=True)))
+            except UsageError:
+                raise error from None
+
+    def _compiled(self, syntax: str, source: str) -> Grammar:
+        matcher = self._library.LLMatcher
         if len(source) > MAX_SOURCE:
             raise UsageError(f"the grammar has {len(source)} characters; {MAX_SOURCE} are possible")
         try:
@@ -85,7 +94,7 @@ class Guide:
                 grammar = matcher.grammar_from_lark(_single_repeats(gbnf_to_lark(source)))
             else:
                 grammar = getattr(matcher, f"grammar_from_{syntax}")(source)
-            compiled = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+            compiled = matcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # a panic in the Rust library is not an Exception
@@ -161,34 +170,13 @@ def _spelling(tokenizer: Tokenizer, text: str) -> list[int]:
     return []
 
 
-_IGNORED = (
-    "divisibleBy",
-    "disallow",
-    "extends",
-)  # keywords of old drafts that llguidance takes for annotations
-_ONE = ("additionalItems", "additionalProperties", "items", "contains", "not", "propertyNames")
-_SEVERAL = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-
-
-def _refuse_ignored(schema: Any) -> None:
-    """Raises UsageError for a keyword that llguidance would pass over in silence though it restricts."""
-    left = [schema]
-    while left:
-        here = left.pop()
-        if not isinstance(here, dict):
-            continue
-        ignored = [key for key in _IGNORED if key in here]
-        ignored += [k for k in ("exclusiveMinimum", "exclusiveMaximum") if isinstance(here.get(k), bool)]
-        if isinstance(here.get("required"), bool):
-            ignored.append("required")
-        if ignored:
-            raise UsageError(
-                f"the JSON schema has {ignored[0]!r} as an older draft has it; draft 7 and 2020-12 are possible"
-            )
-        left += [here[key] for key in _ONE if key in here]
-        left += [s for key in _SEVERAL if isinstance(here.get(key), list) for s in here[key]]
-        left += [s for key in _NAMED if isinstance(here.get(key), dict) for s in here[key].values()]
+def _text(schema: Any) -> str:
+    try:
+        text = json.dumps(schema, allow_nan=False)
+        text.encode("utf-8")
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"the JSON schema cannot be read: {_one_line(error)}") from None
 
 
 def _depth(value: Any) -> int:

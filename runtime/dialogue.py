@@ -19,44 +19,10 @@ from halfbyte.runtime.generate import Generation, generate
 from halfbyte.runtime.library import write_json
 from halfbyte.runtime.model import CHUNK, Model
 from halfbyte.runtime.speculate import check_draft
-from halfbyte.runtime.stopping import overlap
-
-THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))
-"""How families mark what a model thinks before it answers."""
+from halfbyte.runtime.thoughts import marks, thoughts_after
 
 _MAX_FILE = 64 << 20
 _LEAST_ANSWER = 4  # an answer finds at least a quarter of the context, or max_tokens
-
-
-class Thoughts:
-    """Splits text that arrives piece by piece into (is a thought, text); the marks are in neither.
-
-    prompt  the end of the prompt, which may have opened a thought
-    """
-
-    def __init__(self, prompt: str = ""):
-        self._held = ""
-        self._close = next((end for start, end in THINKING if prompt.rstrip().endswith(start)), "")
-
-    def push(self, text: str) -> list[tuple[bool, str]]:
-        """What became certain."""
-        found, self._held = [], self._held + text
-        while True:
-            marks = (self._close,) if self._close else tuple(start for start, _ in THINKING)
-            at, mark = min(((i, m) for m in marks if (i := self._held.find(m)) >= 0), default=(-1, ""))
-            if at < 0:
-                shown = len(self._held) - overlap(self._held, marks)
-                found.append((bool(self._close), self._held[:shown]))
-                self._held = self._held[shown:]
-                return [part for part in found if part[1]]
-            found.append((bool(self._close), self._held[:at]))
-            self._held = self._held[at + len(mark) :]
-            self._close = "" if self._close else dict(THINKING)[mark]
-
-    def flush(self) -> list[tuple[bool, str]]:
-        """What was held back, at the end."""
-        held, self._held = self._held, ""
-        return [(bool(self._close), held)] if held else []
 
 
 @dataclass
@@ -185,10 +151,9 @@ class Dialogue:
             yield False, ""
         how = {"lookup": self.lookup, "draft": self.draft, **self.options}
         turn.generation = answer = generate(
-            self.model, left, max_tokens=self.max_tokens, session=session, shown=self._marks, **how
+            self.model, left, max_tokens=self.max_tokens, session=session, shown=marks(self.model), **how
         )
-        tokenizer = self.model.tokenizer
-        thoughts = Thoughts("".join(tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids[-8:]))
+        thoughts = thoughts_after(self.model, ids)
         try:
             for piece in answer:
                 for thought, text in thoughts.push(piece) or [(False, "")]:
@@ -204,12 +169,6 @@ class Dialogue:
             self.reused_tokens += turn.reused
             self.answer_tokens += len(answer.ids)
             self.seconds += answer.decode_seconds
-
-    @property
-    def _marks(self) -> frozenset[int]:
-        """Special tokens that mark thoughts."""
-        ids = (self.model.tokenizer.id_of(mark) for pair in THINKING for mark in pair)
-        return frozenset(i for i in ids if i is not None)
 
 
 def history_path(home: Path) -> Path:

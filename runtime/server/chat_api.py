@@ -12,8 +12,10 @@ from halfbyte.runtime.server import fields as read
 from halfbyte.runtime.server.answer import Finished, Request, Token
 from halfbyte.runtime.server.fields import ApiError, Fields
 from halfbyte.runtime.server.reply import REASONS, Reply, Service
-from halfbyte.runtime.server.tools import Call, CallParser, Format, format_of, grammar_of, shown_ids
+from halfbyte.runtime.server.splitter import Piece, Splitter, Splitting
+from halfbyte.runtime.server.tools import Call, Format, format_of, grammar_of
 
+EFFORTS = ("", "none", "minimal", "low", "medium", "high", "xhigh")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES, MAX_TOOLS, MAX_VARIABLES = 4096, 128, 16
 
@@ -116,6 +118,16 @@ def tool_plan(
     return tools, how, None if source is None else service.grammar("lark", source, "tools")
 
 
+def variables_of(body: Fields, effort: str) -> dict[str, Any]:
+    """Variables of the template: chat_template_kwargs, and what an effort to think means to templates."""
+    given = body.object("chat_template_kwargs")
+    variables = dict(given.values) if given else {}
+    if len(variables) > MAX_VARIABLES or not all(k.isidentifier() and k not in _RESERVED for k in variables):
+        raise body.wrong("chat_template_kwargs", "must name variables of the template")
+    told = {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
+    return {**told, **variables}
+
+
 class ChatReply(Reply):
     """An answer of /v1/chat/completions."""
 
@@ -124,16 +136,15 @@ class ChatReply(Reply):
         body.unsupported("audio", "functions", "prediction", "web_search_options")
         tools, how, forced = tool_plan(service, body, tools_of(body))
         messages = messages_of(body, "developer" in model.chat_template)
-        variables = body.object("chat_template_kwargs")
-        extra = dict(variables.values) if variables else {}
-        if len(extra) > MAX_VARIABLES or not all(k.isidentifier() and k not in _RESERVED for k in extra):
-            raise body.wrong("chat_template_kwargs", "must name variables of the template")
+        extra = variables_of(body, body.choice("reasoning_effort", EFFORTS, ""))
         ids = service.checked_prompt(prompt_ids(model, messages, tools or None, **extra))
         top = body.whole("top_logprobs", 0, 0, read.MAX_TOP)
         wanted = body.flag("logprobs")
         if top and not wanted:
             raise body.wrong("top_logprobs", "needs 'logprobs' to be true")
-        grammar = service.response_format(body.object("response_format"))
+        grammar = forced or service.response_format(body.object("response_format"))
+        many = body.flag("parallel_tool_calls", True)
+        splitting = Splitting(model, ids, how, grammar is not None, many)
         request = Request(
             ids,
             service.tokens_allowed(body, ("max_completion_tokens", "max_tokens"), len(ids), None),
@@ -141,14 +152,14 @@ class ChatReply(Reply):
             read.stops(body),
             body.whole("n", 1, 1, service.max_n),
             top if wanted else None,
-            forced or grammar,
+            grammar,
             service.lookup,
-            shown_ids(model, how) if how else frozenset(),
+            splitting.shown,
         )
         super().__init__(service, request, body.flag("stream"), "chatcmpl-")
         options = body.object("stream_options")
         self._tell_usage = bool(options and options.flag("include_usage"))
-        self._choices = [_Choice(how) for _ in range(request.n)]
+        self._choices = [_Choice(splitting.splitter()) for _ in range(request.n)]
 
     def begin(self) -> list[Any]:
         """The role of every choice."""
@@ -161,14 +172,15 @@ class ChatReply(Reply):
         if event.logprob is not None:
             logprobs = logprob_body(self.service, event)
             choice.logprobs.append(logprobs)
-        return self._deltas(event.choice, *choice.push(event.text), logprobs)
+        self.usage.thought += choice.splitter.thinking
+        return self._deltas(event.choice, choice.splitter.push(event.text), logprobs)
 
     def finished(self, event: Finished) -> list[Any]:
         """The rest of the text and the reason."""
         choice = self._choices[event.choice]
-        found = self._deltas(event.choice, *choice.push(event.text), None)
-        found += self._deltas(event.choice, *choice.flush(), None)
-        choice.reason = "tool_calls" if choice.calls else REASONS[event.reason]
+        found = self._deltas(event.choice, choice.splitter.push(event.text), None)
+        found += self._deltas(event.choice, choice.splitter.flush(), None)
+        choice.reason = "tool_calls" if choice.splitter.calls else REASONS[event.reason]
         return [*found, self._chunk(event.choice, {}, choice.reason)]
 
     def end(self) -> list[Any]:
@@ -182,10 +194,13 @@ class ChatReply(Reply):
         """The chat completion."""
         choices = []
         for i, choice in enumerate(self._choices):
-            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-            if choice.calls:
-                message["content"] = choice.text or None
-                message["tool_calls"] = [call_body(call) for call in choice.calls]
+            found = choice.splitter
+            message: dict[str, Any] = {"role": "assistant", "content": found.text, "refusal": None}
+            if found.thought:
+                message["reasoning_content"] = found.thought
+            if found.calls:
+                message["content"] = found.text or None
+                message["tool_calls"] = [call_body(call) for call in found.calls]
             logprobs = {"content": choice.logprobs} if self.request.top_logprobs is not None else None
             choices.append(
                 {"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
@@ -200,12 +215,15 @@ class ChatReply(Reply):
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
 
-    def _deltas(self, i: int, text: str, calls: list[Call], logprobs: Any) -> list[Any]:
+    def _deltas(self, i: int, piece: Piece, logprobs: Any) -> list[Any]:
         found = []
-        if text or logprobs:
-            found.append(self._chunk(i, {"content": text}, None, logprobs))
-        first = len(self._choices[i].calls) - len(calls)
-        for at, call in enumerate(calls):
+        if piece.thought:
+            found.append(self._chunk(i, {"reasoning_content": piece.thought}, None, logprobs))
+            logprobs = None
+        if piece.text or logprobs:
+            found.append(self._chunk(i, {"content": piece.text}, None, logprobs))
+        first = len(self._choices[i].splitter.calls) - len(piece.calls)
+        for at, call in enumerate(piece.calls):
             found.append(self._chunk(i, {"tool_calls": [{"index": first + at, **call_body(call)}]}, None))
         return found
 
@@ -229,22 +247,9 @@ _RESERVED = (
 
 
 class _Choice:
-    def __init__(self, how: Format | None):
-        self._parser = CallParser(how) if how else None
-        self.text, self.reason = "", ""
-        self.calls: list[Call] = []
+    def __init__(self, splitter: Splitter):
+        self.splitter, self.reason = splitter, ""
         self.logprobs: list[Any] = []
-
-    def push(self, text: str) -> tuple[str, list[Call]]:
-        return self._taken(*(self._parser.push(text) if self._parser else (text, [])))
-
-    def flush(self) -> tuple[str, list[Call]]:
-        return self._taken(*(self._parser.flush() if self._parser else ("", [])))
-
-    def _taken(self, text: str, calls: list[Call]) -> tuple[str, list[Call]]:
-        self.text += text
-        self.calls += calls
-        return text, calls
 
 
 def call_body(call: Call) -> dict[str, Any]:

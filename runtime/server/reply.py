@@ -84,11 +84,12 @@ class Service:
 
 @dataclass
 class Usage:
-    """Tokens of an answer."""
+    """Tokens of an answer; `thought` are those of them that the model thought."""
 
     prompt: int = 0
     cached: int = 0
     answer: int = 0
+    thought: int = 0
     start: float = 0.0
     first: float = 0.0
     last: float = 0.0
@@ -116,6 +117,7 @@ class Usage:
             "completion_tokens": self.answer,
             "total_tokens": self.prompt + self.answer,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.thought},
         }
 
 

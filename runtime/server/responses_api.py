@@ -8,10 +8,18 @@ from typing import Any
 from halfbyte.runtime.conversation import prompt_ids
 from halfbyte.runtime.server import fields as read
 from halfbyte.runtime.server.answer import Finished, Request, Token
-from halfbyte.runtime.server.chat_api import content_of, messages_of, tool_plan, tools_of
+from halfbyte.runtime.server.chat_api import (
+    EFFORTS,
+    content_of,
+    messages_of,
+    tool_plan,
+    tools_of,
+    variables_of,
+)
 from halfbyte.runtime.server.fields import Fields, dump
 from halfbyte.runtime.server.reply import Reply, Service
-from halfbyte.runtime.server.tools import Call, CallParser, shown_ids
+from halfbyte.runtime.server.splitter import Piece, Splitting
+from halfbyte.runtime.server.tools import Call
 
 _TEXTS = ("input_text", "output_text", "text")
 
@@ -57,38 +65,43 @@ def _tools(body: Fields) -> list[dict[str, Any]]:
 
 
 class ResponseReply(Reply):
-    """An answer of /v1/responses: a message, and a function_call for every call."""
+    """An answer of /v1/responses: its reasoning, a message, and a function_call for every call."""
 
     done = b""
 
     def __init__(self, service: Service, body: Fields):
-        body.unsupported("previous_response_id", "conversation", "background", "prompt")
+        body.unsupported("previous_response_id", "conversation", "background", "prompt", "top_logprobs")
         tools, how, forced = tool_plan(service, body, _tools(body))
-        ids = prompt_ids(service.model, _messages(service, body), tools or None)
+        reasoning = body.object("reasoning")
+        variables = variables_of(body, reasoning.choice("effort", EFFORTS, "") if reasoning else "")
+        ids = prompt_ids(service.model, _messages(service, body), tools or None, **variables)
         service.checked_prompt(ids)
         text = body.object("text")
+        grammar = forced or service.response_format(text.object("format") if text else None)
+        many = body.flag("parallel_tool_calls", True)
+        splitting = Splitting(service.model, ids, how, grammar is not None, many)
         request = Request(
             ids,
             service.tokens_allowed(body, ("max_output_tokens",), len(ids), None),
             read.sampling(body),
-            grammar=forced or service.response_format(text.object("format") if text else None),
+            grammar=grammar,
             lookup=service.lookup,
-            shown=shown_ids(service.model, how) if how else frozenset(),
+            shown=splitting.shown,
         )
         super().__init__(service, request, body.flag("stream"), "resp_")
-        self._parser = CallParser(how) if how else None
+        self._splitter = splitting.splitter()
         self._told: dict[str, Any] = {
             "instructions": body.text("instructions", "") or None,
             "max_output_tokens": body.values.get("max_output_tokens"),
             "metadata": {},
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": many,
             "temperature": request.sampling.temperature,
             "top_p": request.sampling.top_p,
             "tool_choice": body.values.get("tool_choice") or "auto",
             "tools": body.array("tools"),
         }
         self._text = ""
-        self._message: dict[str, Any] | None = None  # while it is open
+        self._item: dict[str, Any] | None = None  # the message or reasoning that is open
         self._output: list[dict[str, Any]] = []
         self._status = "in_progress"
         self._number = 0
@@ -108,18 +121,16 @@ class ResponseReply(Reply):
 
     def token(self, event: Token) -> list[Any]:
         """A piece of text, a call, or nothing yet."""
-        return self._take(*(self._parser.push(event.text) if self._parser else (event.text, [])))
+        self.usage.thought += self._splitter.thinking
+        return self._take(self._splitter.push(event.text))
 
     def finished(self, event: Finished) -> list[Any]:
         """The rest of the text, and the end of the message."""
-        found = self._take(*(self._parser.push(event.text) if self._parser else (event.text, [])))
-        if self._parser:
-            found += self._take(*self._parser.flush())
-        if not self._output:
-            found += self._open_message()
-        found += self._close_message()
+        found = self._take(self._splitter.push(event.text)) + self._take(self._splitter.flush())
         self._status = "completed" if event.reason == "stop" else "incomplete"
-        return found
+        if not self._output:
+            found += self._open("message")
+        return found + self._close(self._status)
 
     def end(self) -> list[Any]:
         """The whole response."""
@@ -132,7 +143,7 @@ class ResponseReply(Reply):
             "input_tokens": self.usage.prompt,
             "input_tokens_details": {"cached_tokens": self.usage.cached},
             "output_tokens": self.usage.answer,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self.usage.thought},
             "total_tokens": self.usage.prompt + self.usage.answer,
         }
         return {
@@ -148,47 +159,52 @@ class ResponseReply(Reply):
             **self._told,
         }
 
-    def _take(self, text: str, calls: list[Call]) -> list[Any]:
+    def _take(self, piece: Piece) -> list[Any]:
         found: list[Any] = []
-        if text:
-            found += self._open_message()
-            self._text += text
-            found.append({**self._place("response.output_text.delta"), "delta": text, "logprobs": []})
-        for call in calls:
-            found += self._close_message()
+        for kind, text in (("reasoning", piece.thought), ("message", piece.text)):
+            if text:
+                found += self._open(kind)
+                self._text += text
+                found.append({**self._place("delta"), "delta": text, **_LOGPROBS[kind]})
+        for call in piece.calls:
+            found += self._close()
             found += self._call(call)
         return found
 
-    def _place(self, kind: str) -> dict[str, Any]:
-        assert self._message is not None
+    def _place(self, what: str) -> dict[str, Any]:
+        assert self._item is not None
         at = len(self._output) - 1
-        return {"type": kind, "item_id": self._message["id"], "output_index": at, "content_index": 0}
+        place = {"item_id": self._item["id"], "output_index": at, "content_index": 0}
+        return {"type": f"response.{_TEXT_KINDS[self._item['type']]}.{what}", **place}
 
-    def _open_message(self) -> list[Any]:
-        if self._message is not None:
-            return []
-        self._message = {
-            "id": "msg_" + secrets.token_hex(12),
-            "type": "message",
-            "role": "assistant",
-            "status": "in_progress",
-            "content": [],
-        }
+    def _open(self, kind: str) -> list[Any]:
+        """Open an item, unless one of its kind is open."""
+        found: list[Any] = []
+        if self._item is not None:
+            if self._item["type"] == kind:
+                return found
+            found = self._close()
+        more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+        name = _ITEM_IDS[kind] + secrets.token_hex(12)
+        self._item = {"id": name, "type": kind, "status": "in_progress", "content": [], **more}
         self._text = ""
-        self._output.append(self._message)
+        self._output.append(self._item)
         at = len(self._output) - 1
-        added = {"type": "response.output_item.added", "output_index": at, "item": dict(self._message)}
-        return [added, {**self._place("response.content_part.added"), "part": _part("")}]
+        added = {"type": "response.output_item.added", "output_index": at, "item": dict(self._item)}
+        part = {**self._place(""), "type": "response.content_part.added", "part": _part(kind, "")}
+        return [*found, added, part]
 
-    def _close_message(self) -> list[Any]:
-        if self._message is None:
+    def _close(self, status: str = "completed") -> list[Any]:
+        """Close what is open."""
+        if self._item is None:
             return []
-        part = _part(self._text)
-        self._message.update(content=[part], status="completed")
-        done = {**self._place("response.output_text.done"), "text": self._text, "logprobs": []}
-        ended = {**self._place("response.content_part.done"), "part": part}
-        at, item = len(self._output) - 1, dict(self._message)
-        self._message = None
+        kind = self._item["type"]
+        part = _part(kind, self._text)
+        self._item.update(content=[part], status=status)
+        done = {**self._place("done"), "text": self._text, **_LOGPROBS[kind]}
+        ended = {**self._place(""), "type": "response.content_part.done", "part": part}
+        at, item = len(self._output) - 1, dict(self._item)
+        self._item = None
         return [done, ended, {"type": "response.output_item.done", "output_index": at, "item": item}]
 
     def _call(self, call: Call) -> list[Any]:
@@ -217,5 +233,11 @@ class ResponseReply(Reply):
         ]
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+_TEXT_KINDS = {"message": "output_text", "reasoning": "reasoning_text"}
+_ITEM_IDS = {"message": "msg_", "reasoning": "rs_"}
+_LOGPROBS: dict[str, dict[str, Any]] = {"message": {"logprobs": []}, "reasoning": {}}
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    more: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "message" else {}
+    return {"type": _TEXT_KINDS[kind], "text": text, **more}

@@ -222,6 +222,7 @@ class CallParser:
         self._held = ""  # text that is or could become a call
         self._inside = False
         self._plain = False  # an answer that is no call as a whole
+        self._after = False  # a call, where white space says nothing
         self.calls = 0
 
     def push(self, text: str) -> tuple[str, list[Call]]:
@@ -235,9 +236,9 @@ class CallParser:
                 before, sign, after = self._held.partition(how.open)
                 if not sign:
                     end = len(before) - overlap(before, (how.open,))
-                    shown, self._held = shown + before[:end], before[end:]
+                    shown, self._held = shown + self._text(before[:end]), before[end:]
                     break
-                shown, self._held, self._inside = shown + before, after, True
+                shown, self._held, self._inside = shown + self._text(before), after, True
             end = self._held.find(how.close) if how.close else -1
             if end < 0:
                 break
@@ -245,7 +246,7 @@ class CallParser:
             self._inside = how.close == how.open
             text, found = self._read(body, how.close)
             shown, calls = shown + text, calls + found
-        return ("" if self.calls and not shown.strip() else shown), calls
+        return shown, calls
 
     def flush(self) -> tuple[str, list[Call]]:
         """The same for what is left at the end of the answer."""
@@ -253,7 +254,12 @@ class CallParser:
         if self._inside or (not self._format.open and not self._plain):
             self._inside = False
             return self._read(held, "")
-        return held, []
+        return self._text(held), []
+
+    def _text(self, text: str) -> str:
+        text = text.lstrip() if self._after else text
+        self._after = self._after and not text
+        return text
 
     def _push_whole(self) -> str:
         start = self._held.lstrip()
@@ -268,6 +274,7 @@ class CallParser:
         try:
             calls = self._format.read(body.removeprefix("<|python_tag|>"))
         except _READ_ERRORS:
+            self._after = False
             return self._format.open + body + close, []
-        self.calls += len(calls)
+        self.calls, self._after = self.calls + len(calls), True
         return "", calls

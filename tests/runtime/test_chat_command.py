@@ -25,8 +25,9 @@ import halfbyte
 from halfbyte.formats.errors import HalfbyteError, UsageError
 from halfbyte.runtime.cli import main
 from halfbyte.runtime.conversation import prompt_ids
-from halfbyte.runtime.dialogue import Dialogue, Thoughts
+from halfbyte.runtime.dialogue import Dialogue
 from halfbyte.runtime.model import Model
+from halfbyte.runtime.thoughts import Thoughts
 
 MAIN = "import sys; from halfbyte.runtime.cli import main; sys.exit(main())"
 

@@ -18,7 +18,6 @@ let servedModel = null;
 function render() {
   $("title").textContent = chat.title || "New chat";
   document.title = `${chat.title || "New chat"} · halfbyte`;
-  box.placeholder = chat.messages.length ? "Write a message" : "What would you like to talk about?";
   view.conversations($("conversations"), chats, chat.id, onList);
   log.replaceChildren(...chat.messages.map((message, i) => {
     const made = view.frame(message, i);
@@ -61,9 +60,11 @@ function keep(kept = chat) {
 function send(text) {
   if (running) return;
   chat.messages.push({ role: "user", content: text });
-  chat.title ||= text.replace(/\s+/g, " ").slice(0, 48);
+  chat.title ||= shortened(text.replace(/\s+/g, " "), 48);
   answer();
 }
+
+const shortened = (text, length) => text.length > length ? `${text.slice(0, length - 1).trimEnd()}…` : text;
 
 /** Drop messages from an index on, and say so with a way back. */
 function truncate(index, what) {
@@ -78,7 +79,7 @@ function truncate(index, what) {
 }
 
 async function answer() {
-  const body = { model: servedModel?.id ?? "", ...store.settings(), messages: outgoing() };
+  const messages = outgoing();
   const message = { role: "assistant", content: "" };
   const mine = (running = { chat, message, abort: new AbortController() });
   chat.messages.push(message);
@@ -88,7 +89,7 @@ async function answer() {
   $("announce").textContent = "Answering";
   const clock = { start: performance.now(), first: 0, last: 0, saved: performance.now(), pieces: 0, usage: null, timings: null };
   try {
-    await stream(body, mine, clock);
+    await fitted(messages, mine, clock);
   } catch (error) {
     if (error.name !== "AbortError") message.error = error.message;
     if (error.status === 401) askKey();
@@ -107,15 +108,35 @@ async function answer() {
 }
 
 function outgoing() {
-  const messages = chat.messages.filter((m) => m.role === "user" || m.content)
+  // a message that found no answer is left out with it, as many templates want roles to alternate
+  const messages = chat.messages.filter((m, i) => m.role === "user" ? chat.messages[i + 1]?.content !== "" : m.content)
     .map((m) => ({ role: m.role, content: m.role === "user" ? m.content : view.parts(m).content }));
   return chat.system ? [{ role: "system", content: chat.system }, ...messages] : messages;
+}
+
+/** Stream the answer to what fits the context: the oldest turns are left out, never the system prompt, and it is said. */
+async function fitted(messages, mine, clock) {
+  const first = chat.system ? 1 : 0;
+  for (let left = 0; ; left += 2) {
+    try {
+      const body = { model: servedModel?.id ?? "", ...store.settings(), messages };
+      await stream(body, mine, clock);
+      return;
+    } catch (error) {
+      if (error.code !== "context_length_exceeded" || messages.length - first < 3) {
+        delete mine.message.note;
+        throw error;
+      }
+      messages.splice(first, 2);
+      mine.message.note = `The context is full: the first ${left + 2} messages were left out.`;
+    }
+  }
 }
 
 async function stream(body, { chat: of, message, abort }, clock) {
   for await (const piece of api.chat(body, abort.signal)) {
     if (piece.usage) [clock.usage, clock.timings] = [piece.usage, piece.timings];
-    if (piece.reason === "length") message.note = "The answer ends here: it reached max tokens or the end of the context.";
+    if (piece.reason === "length") message.note = [message.note, "The answer ends here: it reached max tokens or the end of the context."].filter(Boolean).join(" ");
     if (piece.text === undefined) continue;
     message.content += piece.text;
     if (piece.thinking) message.thinking = (message.thinking ?? "") + piece.thinking;
@@ -133,7 +154,7 @@ async function stream(body, { chat: of, message, abort }, clock) {
 /** "41.2 tokens/s · 120 tokens · 0.31 s to the first": the speed is the server's; pieces arrive in bursts. */
 function speed(tokens, { start, first, last, timings }) {
   if (!first) return "";
-  const words = [`${tokens} tokens`, `${((first - start) / 1000).toFixed(2)} s to the first`];
+  const words = [`${tokens} token${tokens === 1 ? "" : "s"}`, `${((first - start) / 1000).toFixed(2)} s to the first`];
   const rate = timings ? timings.predicted_per_second : tokens > 1 && last > first ? (tokens - 1) / (last - first) * 1000 : null;
   if (rate) words.unshift(`${rate.toFixed(1)} tokens/s`);
   return words.join(" · ");
@@ -141,9 +162,9 @@ function speed(tokens, { start, first, last, timings }) {
 
 async function memory() {
   try {
-    const { kv_bytes: held, prefix_bytes: prefix, resident_bytes: whole } = await api.metrics();
+    const { kv_bytes: held, resident_bytes: whole } = await api.metrics();
     const mb = (n) => `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;
-    $("stats").textContent = `${mb(whole)} memory · ${mb(held)} for the context, ${mb(prefix)} of it remembered prompts`;
+    $("stats").textContent = `${mb(whole)} of memory, ${mb(held)} of it for conversations`;
   } catch {
     $("stats").textContent = "";
   }

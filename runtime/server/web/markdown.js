@@ -152,8 +152,9 @@ function list(lines, depth) {
 }
 
 function table(lines) {
-  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|");
-  const row = (line, name) => element("tr", {}, ...cells(line).map((cell) => element(name, {}, ...inline(cell.trim()))));
+  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+  const sides = cells(lines[1]).map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : ""));
+  const row = (line, name) => element("tr", {}, ...cells(line).map((cell, i) => element(name, { className: sides[i] ?? "" }, ...inline(cell))));
   const body = element("tbody", {}, ...lines.slice(2).map((line) => row(line, "td")));
   const made = element("div", { className: "table", tabIndex: 0 }, element("table", {}, element("thead", {}, row(lines[0], "th")), body));
   made.setAttribute("role", "region");

@@ -29,11 +29,10 @@ export function frame(message, index) {
   const body = element("div", { className: "body" });
   const actions = element("div", { className: "actions" });
   if (user) actions.append(action("edit", "Edit"));
-  else actions.append(action("copy", "Copy"), action("regenerate", "Regenerate"));
+  else actions.append(element("span", { className: "faint stats" }), action("copy", "Copy"), action("regenerate", "Regenerate"));
   const made = element("article", { className: message.role }, body, actions);
   made.setAttribute("aria-label", user ? "You" : "Answer");
   made.dataset.index = index;
-  if (!user) actions.append(element("span", { className: "faint stats" }));
   return made;
 }
 

@@ -35,9 +35,9 @@ def test_json_schema_suite(demo: Model, guide: Guide, shared_data: Path, draft: 
     total = sum((t.instances for t in tallies.values()), start=suite.Tally().instances)
     accepted = sum(t.schemas["accepted"] for t in tallies.values())
     suite.show(draft, tallies, False)
-    assert total["wrong"] == 0 and accepted > 150 and total["passed"] > 500
+    assert total["wrong"] == 0 and accepted > 215 and total["passed"] > 1100
     assert {name for name, t in tallies.items() if t.instances["narrowed"]} <= set(suite.WHY)
-    assert total["narrowed"] <= 25
+    assert total["narrowed"] <= 28 and total["respelled"] <= 16
 
 
 def test_grammar_vectors(demo: Model, guide: Guide, shared_data: Path) -> None:
@@ -69,14 +69,19 @@ def test_bad_grammars(guide: Guide, syntax: str, source: object) -> None:
 @pytest.mark.parametrize(
     "keyword",
     [
-        {"contains": {}}, {"not": {}}, {"if": {}}, {"minContains": 2}, {"dependentRequired": {"a": ["b"]}},
-        {"dependencies": {"a": ["b"]}}, {"unevaluatedItems": False}, {"unevaluatedProperties": False},
-        {"propertyNames": {"maxLength": 1}}, {"uniqueItems": True}, {"$dynamicRef": "#x"}, {"divisibleBy": 2},
+        {"contains": {"type": "null"}}, {"not": {"pattern": "x"}}, {"if": {"multipleOf": 2}, "then": {"minimum": 0}},
+        {"minContains": 2, "contains": {"const": 1}}, {"not": {"type": "integer"}}, {"not": {"const": [1]}},
+        {"dependencies": {"a": {"not": {"uniqueItems": True}}}}, {"format": "regex"}, {"format": "idn-email"},
+        {"unevaluatedItems": False, "anyOf": [{"items": True}, {"type": "null"}]},
+        {"unevaluatedProperties": False, "if": {"required": ["a"]}, "then": {"properties": {"a": True}}},
+        {"propertyNames": {"pattern": "x"}, "properties": {"y": {}}}, {"uniqueItems": True}, {"$dynamicRef": "#x"},
+        {"oneOf": [{"pattern": "a"}, {"pattern": "b"}]}, {"not": {"not": {"not": {"format": "date"}}}},
+        {"divisibleBy": 2},
         {"disallow": "string"}, {"extends": {}}, {"exclusiveMinimum": True}, {"required": True},
     ],
 )  # fmt: skip
 def test_what_is_not_kept_is_refused_by_its_name(guide: Guide, keyword: dict) -> None:
-    (name,) = keyword
+    name = next(iter(keyword))
     wrapped: list[dict] = [
         keyword,
         {"properties": {"a": keyword}},
@@ -85,7 +90,7 @@ def test_what_is_not_kept_is_refused_by_its_name(guide: Guide, keyword: dict) ->
     for schema in wrapped:
         with pytest.raises(UsageError) as caught:
             guide.compile("json_schema", schema)
-        assert name in str(caught.value)
+        assert name in str(caught.value) or (name == "dependencies" and "not" in str(caught.value))
     guide.compile(
         "json_schema", {"properties": {name: {"const": {name: 1}}}}
     )  # here it is a name, no keyword

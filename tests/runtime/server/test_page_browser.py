@@ -27,7 +27,9 @@ def browser() -> Iterator[Any]:
     if not CHROMIUM:
         pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        chromium = p.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield chromium
         chromium.close()
 
@@ -136,8 +138,35 @@ def test_conversations(page: Any) -> None:
     assert sorted(names.all_inner_texts()) == ["Renamed", "Second"]
 
 
+def test_a_conversation_outgrows_the_context(page: Any) -> None:
+    """The oldest turns are left out and it is said; what found no answer is not sent again."""
+    set_tokens(page, 3)
+    sent: list[list[str]] = []
+    page.on(
+        "request", lambda r: r.post_data and sent.append([m["content"] for m in r.post_data_json["messages"]])
+    )
+    for text in ("First", "Once there was a dog. " * 400, "dog " * 300, "cat " * 300):
+        count = page.locator("article").count()
+        say(page, text)
+        page.wait_for_selector(f"article.assistant:nth-of-type({count + 2}):not(.running)")
+        page.wait_for_selector("#send:visible")
+    errors = page.locator(".error").all_inner_texts()
+    assert len(errors) == 1 and "context" in errors[0]
+    assert "the first 4 messages were left out" in page.locator(".note").last.inner_text()
+    third, fourth = ([len(t) for t in messages] for messages in (sent[-4], sent[-1]))
+    assert len(third) == 3 and len(fourth) == 1  # First, its answer, dogs; and cats alone
+
+
 @pytest.mark.parametrize("page", [{"server": {"key": "secret"}}], indirect=True)
 def test_the_key_is_asked_for(page: Any) -> None:
+    page.wait_for_selector("#key-dialog[open]")
+    page.click("#key-cancel")
+    say(page, "Once")  # without it
+    page.wait_for_selector("article .error")
+    assert "API key" in page.inner_text("article .error")
+    page.wait_for_selector("#key-dialog[open]")
+    page.fill("#key", "wrong")
+    page.press("#key", "Enter")
     page.wait_for_selector("#key-dialog[open]")
     page.fill("#key", "secret")
     page.press("#key", "Enter")
@@ -145,7 +174,7 @@ def test_the_key_is_asked_for(page: Any) -> None:
     set_tokens(page, 5)
     say(page, "Once")
     page.wait_for_selector(DONE)
-    assert page.locator(".error").count() == 0
+    assert page.locator("article:last-of-type .error").count() == 0
 
 
 @pytest.mark.parametrize("page", [{"size": PHONE}], indirect=True)
