@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -28,6 +29,7 @@ from halfbyte.formats.errors import HalfbyteError, UsageError
 
 LOWEST = 0.02  # of the peak learning rate, at the end
 CLIP = 1.0  # largest norm of a gradient
+KEPT = 0.25  # of the memory available: for the float model's answers, which every epoch needs
 ROWS = 64  # of logits, that a loss is computed of at once
 OSCILLATING = (0.04, 0.01)  # changes back and forth a step beyond which a code is frozen: at first, at last
 
@@ -93,6 +95,8 @@ class Trainer:
     ):  # fmt: skip
         self.student, self.teacher, self.o = student, teacher, options
         self.train, self.heldout = train, heldout
+        self.kept: dict[int, Tensor] = {}
+        self.room = int(KEPT * psutil.virtual_memory().available)
         self.path, self.identity = checkpoint, identity
         self.result, self.at, self.frozen = Result(), 0, False
         self.freezes = round(options.freeze * options.steps)
@@ -132,8 +136,8 @@ class Trainer:
         return self.o.rate * (LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * done)) / 2)
 
     def _step(self) -> float:
-        ids, real = batch(self.train, self.at, self.o.batch, self.o.seed)
-        loss = self.losses(ids, real)[0] / int(real.sum())
+        loss, _, _, count = self.losses(batch(len(self.train), self.at, self.o.batch, self.o.seed))
+        loss = loss / count
         self.optimizer.zero_grad()
         loss.backward()
         for group in self.optimizer.param_groups:
@@ -147,22 +151,44 @@ class Trainer:
                 m.freeze_codes(last + (first - last) * (1 + math.cos(math.pi * done)) / 2)
         return float(loss.detach())
 
-    def losses(self, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the tokens that are `real`: what is trained on, KL(teacher || student), negative log likelihood."""
-        whole = bool(real.all())
-        with torch.no_grad():
-            theirs = self.teacher(ids[:, :-1])
+    def losses(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Sums over tokens of sequences, by number: what is trained on, KL(teacher || student), nll; and their count.
+
+        Numbers go on from those to train on to those held out.
+        """
+        ids, real = padded([self.sequence(i) for i in numbers])
+        whole, theirs = bool(real.all()), torch.cat([self.answers(i) for i in numbers])
         ours, targets = self.student(ids[:, :-1]), ids[:, 1:]
-        ours, theirs, targets = (x.flatten(0, 1) if whole else x[real] for x in (ours, theirs, targets))
-        return _Divergence.apply(ours, theirs, targets, self.o.ce)
+        ours, targets = (x.flatten(0, 1) if whole else x[real] for x in (ours, targets))
+        return *_Divergence.apply(ours, theirs, targets, self.o.ce), len(targets)
+
+    def sequence(self, number: int) -> list[int]:
+        """The tokens of a sequence."""
+        n = len(self.train)
+        return self.train[number] if number < n else self.heldout[number - n]
+
+    @torch.no_grad()
+    def answers(self, number: int) -> Tensor:
+        """The float model's logits on a sequence, float32[tokens, V]; kept for the next epoch while there is room.
+
+        Computed for each sequence alone, so that their bits do not depend on the batch, nor on what is kept.
+        """
+        found = self.kept.get(number)
+        if found is None:
+            found = self.teacher(torch.tensor([self.sequence(number)[:-1]]))[0]
+            if found.nbytes <= self.room:
+                self.kept[number] = found
+                self.room -= found.nbytes
+        return found
 
     @torch.no_grad()
     def _measure(self) -> None:
         sums, count = np.zeros(2), 0
-        for i in range(0, len(self.heldout), self.o.batch):
-            ids, real = padded(self.heldout[i : i + self.o.batch])
-            sums += [float(v) for v in self.losses(ids, real)[1:]]
-            count += int(real.sum())
+        n = len(self.train)
+        for i in range(n, n + len(self.heldout), self.o.batch):
+            _, kl, nll, tokens = self.losses(range(i, min(i + self.o.batch, n + len(self.heldout))))
+            sums += [float(kl), float(nll)]
+            count += tokens
         kl, nll = sums / count
         if not math.isfinite(nll):
             raise HalfbyteError(f"training diverged at step {self.at}: the output is not finite; lower --lr")
