@@ -17,7 +17,6 @@ from halfbyte.converter.qat.options import Options
 from halfbyte.converter.weights import Weights
 from halfbyte.formats.errors import UsageError
 
-OWN_TEXT = 512  # sequences that the float model writes where no text is given
 HELD_OUT = 16  # of so many sequences one is kept for measuring, where no held-out text is given
 ROUND = 128  # sequences written at once
 
@@ -50,7 +49,7 @@ def sequences(
         return calibrate.sequences(reader, template, path, length, None)
 
     found = [s for path in texts for s in read(path)]
-    count = (0 if texts else OWN_TEXT) if options.own_text is None else options.own_text
+    count = options.own_text
     if count and tokenizer:
         with tempfile.TemporaryDirectory(prefix=".halfbyte-", dir=folder) as temporary:
             path = Path(temporary) / "float.hb"

@@ -29,7 +29,7 @@ from halfbyte.formats.errors import HalfbyteError, UsageError
 
 LOWEST = 0.02  # of the peak learning rate, at the end
 CLIP = 1.0  # largest norm of a gradient
-KEPT = 0.25  # of the memory available: for the float model's answers, which every epoch needs
+KEPT = 0.25  # of the memory left to training: for the float model's answers, which every epoch needs
 ROWS = 64  # of logits, that a loss is computed of at once
 OSCILLATING = (0.04, 0.01)  # changes back and forth a step beyond which a code is frozen: at first, at last
 
@@ -96,7 +96,8 @@ class Trainer:
         self.student, self.teacher, self.o = student, teacher, options
         self.train, self.heldout = train, heldout
         self.kept: dict[int, Tensor] = {}
-        self.room = int(KEPT * psutil.virtual_memory().available)
+        own = 4 * sum(p.nbytes for p in student.parameters())  # gradients, two averages, weights as rounded
+        self.room = int(KEPT * max(0, psutil.virtual_memory().available - own))
         self.path, self.identity = checkpoint, identity
         self.result, self.at, self.frozen = Result(), 0, False
         self.freezes = round(options.freeze * options.steps)
