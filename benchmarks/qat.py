@@ -11,6 +11,7 @@ divergence, between the recipe with the lowest one and zero. Everything runs as 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -43,6 +44,10 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--recipes", nargs="+", default=["q4", "q3", "q2", "ternary"])
     parser.add_argument("--share", type=float, default=0.7)
+    names = [title(*m) for m in METHODS]
+    parser.add_argument(
+        "--methods", nargs="+", default=names, choices=names, help="post-training, default: all"
+    )
     parser.add_argument("--keep", type=Path, help="folder for the trained files")
     for name, kind in (
         *(("steps", int), ("batch", int), ("length", int), ("own-text", int), ("every", int), ("seed", int)),
@@ -50,7 +55,7 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=kind)
     args = parser.parse_args()
-    other = ("checkpoint", "text", "recipes", "share", "keep")
+    other = ("checkpoint", "text", "recipes", "share", "keep", "methods")
     options = {k: v for k, v in vars(args).items() if k not in other and v is not None}
     train, held = split(args.text.read_text(encoding="utf-8"), args.share)
     print(f"{args.checkpoint}, {args.text.name}; {options}; {machine_name()}, commit {commit()}\n")
@@ -78,16 +83,18 @@ def main() -> None:
             if base not in after:
                 after[base] = []
                 for method, calibrated in METHODS:
+                    if title(method, calibrated) not in args.methods:
+                        continue
                     halfbyte.convert(
                         args.checkpoint, folder / "m.hb", recipe=base, method=method, proof=False,
                         calibrate=text if calibrated else None,
                     )  # fmt: skip
                     after[base].append(measure(folder / "m.hb"))
-                    row(base, method + " + text" * calibrated, after[base][-1])
+                    row(base, title(method, calibrated), after[base][-1])
             file = kept / f"{recipe}.hb"
             start = time.process_time()
             found = halfbyte.train_qat(
-                args.checkpoint, file, recipe=recipe, text=[text], proof=False, **options
+                args.checkpoint, file, recipe=recipe, text=[text], proof=False, progress=report, **options
             )
             minutes = (time.process_time() - start) / 60
             r = measure(file)
@@ -98,6 +105,17 @@ def main() -> None:
                 recipe, "**trained**", r, f"{100 * (1 - gap / least):.0f} %",
                 f"{100 * (1 - r['kld_mean'] / kld):.0f} %", f"{found['step']} of {found['steps']}", f"{minutes:.1f}",
             )  # fmt: skip
+
+
+def title(method: str, calibrated: bool) -> str:
+    """What a post-training method is called in the table."""
+    return method + " + text" * calibrated
+
+
+def report(now: str, done: int, total: int) -> None:
+    """Progress, on stderr."""
+    if done % 50 == 0:
+        print(f"step {done} of {total}  {now}", file=sys.stderr, flush=True)
 
 
 def row(recipe: str, method: str, r: dict[str, Any], *rest: str) -> None:

@@ -30,9 +30,9 @@ def train_qat(
 ) -> dict[str, Any]:
     """Train a checkpoint with its weights fake-quantised, write the file, and return how training went.
 
-    source, tokenizer, context, proof: as in `halfbyte.convert`. text: files to train on, as for calibration; without
-    one the float model writes text itself. heldout: a text that decides which step is kept, by default a sixteenth of
-    the sequences, not trained on. options: see `converter.qat.options.Options`.
+    source, tokenizer, context, proof: as in `halfbyte.convert`. text: files to train on, as for calibration, beside
+    what the float model writes itself (option own_text). heldout: a text that decides which step is
+    kept, by default a sixteenth of the sequences, not trained on. options: see `converter.qat.options.Options`.
 
     The codes and scales of the file are those of the graph that was trained, bit for bit. A checkpoint
     `.OUT.qat` beside the file is replaced every `every` steps; with `resume` training goes on from it and computes the

@@ -36,6 +36,7 @@ STRETCH = 0.99  # of half a step, ParetoQ's clipping at .99
 STRETCHED_BITS = 2  # encodings of up to so many bits are trained by SEQ
 MARGIN = 0.15  # of the range of a code, kept clear on both sides of a weight that starts from a given code
 TERNARY_RATIOS = np.linspace(0.3, 1.0, 29)  # scales of a group to choose from, in units of its largest value
+FEW = 8  # levels that are faster compared with one by one than searched
 LEAST, MOST = 2.0**-24, 65504.0  # float16
 
 
@@ -44,12 +45,10 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w: Tensor, s: Tensor, stored: Tensor, level: Tensor, ends: Tensor, q: float
+        ctx: Any, w: Tensor, s: Tensor, stored: Tensor, level: Tensor, inside: Tensor, slope: Tensor, q: float
     ) -> Tensor:
-        """stored: s as the format has it; level: chosen, with shift; ends [2, rows, groups, 1] of x."""
-        x = w / torch.where(stored == 0, torch.ones_like(stored), stored)
-        inside = (x >= ends[0]) & (x <= ends[1])
-        ctx.save_for_backward(inside, torch.where(inside, level - x, level))
+        """stored: s as the format has it; level: chosen, with shift; inside: bool, not clipped; slope: dw_hat/ds."""
+        ctx.save_for_backward(inside, slope)
         ctx.factor = 1.0 / (w.shape[2] * q) ** 0.5
         return stored * level
 
@@ -58,7 +57,7 @@ class _Round(torch.autograd.Function):
         """Gradients of w and s."""
         inside, slope = ctx.saved_tensors
         (g,) = grads
-        return g * inside, (g * slope).sum(dim=2, keepdim=True) * ctx.factor, None, None, None, None
+        return g * inside, (g * slope).sum(dim=2, keepdim=True) * ctx.factor, None, None, None, None, None
 
 
 class FakeQuant(nn.Module):
@@ -160,6 +159,15 @@ class FakeQuant(nn.Module):
         size = (self.start * self.factor.detach().abs()).abs()
         return (2 * torch.round((size - 1) / 2) + 1).clamp(1, 127) * torch.sign(self.start)
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """Ranks of the levels nearest to x, int32."""
+        if len(self.middles) > FEW:
+            return torch.bucketize(x, self.middles, out_int32=True)
+        rank = torch.zeros(x.shape, dtype=torch.uint8)
+        for middle in self.middles.tolist():
+            rank += x > middle
+        return rank.int()
+
     def forward(self) -> Tensor:
         """w_hat, float32[rows, cols]."""
         wanted, stored, shift = self.scale()
@@ -171,14 +179,16 @@ class FakeQuant(nn.Module):
         w = w.view(self.rows, groups, self.width)
         stored, shift = stored[:, :, None], shift[:, :, None]
         with torch.no_grad():
-            x = w / torch.where(stored == 0, torch.ones_like(stored), stored) - shift
-            choice = torch.bucketize(x, self.middles)
+            ratio = w / torch.where(stored == 0, torch.ones_like(stored), stored)
+            x = ratio - shift
+            choice = self.nearest(x)
             if self.tracks:
                 choice = torch.where(self.frozen, self.held, choice)
             self.choice = choice
-            level = self.levels[choice] + shift
-            ends = torch.stack([shift + self.low, shift + self.high])
-        out = _Round.apply(w, wanted[:, :, None], stored, level, ends, self.q)
+            level = self.levels.index_select(0, choice.flatten()).view(choice.shape) + shift
+            inside = (x >= self.low) & (x <= self.high)
+            slope = level - ratio * inside
+        out = _Round.apply(w, wanted[:, :, None], stored, level, inside, slope, self.q)
         if self.tracks and self.frozen.any():
             out = torch.where(self.frozen, out.detach() + 0 * out, out)
         return out.reshape(self.rows, -1)[:, : self.cols]

@@ -49,15 +49,15 @@ class Options:
     scales no longer change and codes that oscillate are frozen. lora_rank: train low-rank changes of the weights, 0
     for the weights themselves. policy: round activations as i8g32 does, or not (f32); kv: round keys and values as
     this mode, '' for not at all. start: codes and scales to start from, 'rtn' or 'gptq' (calibrated on the first
-    text); auto is gptq above 2 bits where it can. own_text: sequences that the float model writes itself, None for
-    512 where no text is given. every: steps between two measurements on held-out text and checkpoints;
+    text); auto is gptq above 2 bits where it can. own_text: sequences that the float model writes itself, if it has a
+    tokenizer, beside those of the texts. every: steps between two measurements on held-out text and checkpoints;
     patience: of them without improvement that stop the training, 0 for none.
     """
 
     recipe: str = "q4"
-    steps: int = 1000
-    batch: int = 8
-    length: int = 256
+    steps: int = 1500
+    batch: int = 2
+    length: int = 512
     lr: float | None = None
     warmup: float = 0.05
     ce: float = 0.0
@@ -66,8 +66,8 @@ class Options:
     policy: str = "i8g32"
     kv: str = ""
     start: str = "auto"
-    own_text: int | None = None
-    every: int = 50
+    own_text: int = 512
+    every: int = 100
     patience: int = 0
     seed: int = 0
     threads: int = 1

@@ -17,7 +17,6 @@ from halfbyte.converter.qat.options import Options
 from halfbyte.converter.weights import Weights
 from halfbyte.formats.errors import UsageError
 
-OWN_TEXT = 512  # sequences that the float model writes where no text is given
 HELD_OUT = 16  # of so many sequences one is kept for measuring, where no held-out text is given
 ROUND = 128  # sequences written at once
 
@@ -50,7 +49,7 @@ def sequences(
         return calibrate.sequences(reader, template, path, length, None)
 
     found = [s for path in texts for s in read(path)]
-    count = (0 if texts else OWN_TEXT) if options.own_text is None else options.own_text
+    count = options.own_text
     if count and tokenizer:
         with tempfile.TemporaryDirectory(prefix=".halfbyte-", dir=folder) as temporary:
             path = Path(temporary) / "float.hb"
@@ -68,21 +67,20 @@ def sequences(
     return found, measured
 
 
-def batch(sequences: Sequences, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(ids int64[size, T], which of them are targets bool[size, T - 1]) of a step.
+def batch(n: int, step: int, size: int, seed: int) -> list[int]:
+    """Which of n sequences a step sees.
 
     A function of its arguments: every epoch has a permutation of its own, so that a training can go on anywhere.
     """
-    n = len(sequences)
     chosen = []
     for at in range(step * size, (step + 1) * size):
         epoch, i = divmod(at, n)
-        chosen.append(sequences[np.random.default_rng([seed, epoch]).permutation(n)[i]])
-    return padded(chosen)
+        chosen.append(int(np.random.default_rng([seed, epoch]).permutation(n)[i]))
+    return chosen
 
 
 def padded(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Sequences side by side, short ones filled up on the right, and where their targets are."""
+    """(ids int64[sequences, T], targets bool[sequences, T - 1]): side by side, short ones filled up on the right."""
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
     real = torch.zeros(len(sequences), longest - 1, dtype=torch.bool)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -28,6 +29,8 @@ from halfbyte.formats.errors import HalfbyteError, UsageError
 
 LOWEST = 0.02  # of the peak learning rate, at the end
 CLIP = 1.0  # largest norm of a gradient
+KEPT = 0.25  # of the memory left to training: for the float model's answers, which every epoch needs
+ROWS = 64  # of logits, that a loss is computed of at once
 OSCILLATING = (0.04, 0.01)  # changes back and forth a step beyond which a code is frozen: at first, at last
 
 Progress = Callable[[str, int, int], None]
@@ -50,6 +53,39 @@ class Result:
     measured: list[tuple[int, float, float]] = field(default_factory=list)
 
 
+class _Divergence(torch.autograd.Function):
+    """(logits [n, V], the float model's, targets [n], ce) -> sums over rows: KL + ce * nll, KL, nll.
+
+    In one pass over rows that stay in a cache, which also gives the gradient: softmax - p + ce * (softmax - target).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ours: Tensor, theirs: Tensor, targets: Tensor, ce: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Only the first result has a gradient, and only by `ours`."""
+        slope, sums = torch.empty_like(ours), torch.zeros(2, dtype=torch.float64)
+        for i in range(0, len(ours), ROWS):
+            q, log_p = (functional.log_softmax(x[i : i + ROWS], dim=-1) for x in (ours, theirs))
+            p, at = log_p.exp(), targets[i : i + ROWS, None]
+            sums[1] -= q.gather(1, at).sum()
+            sums[0] += log_p.sub_(q).mul_(p).sum()
+            q.exp_()
+            torch.sub(q, p, out=slope[i : i + ROWS])
+            if ce:
+                slope[i : i + ROWS].add_(q.scatter_add_(1, at, -torch.ones_like(at, dtype=q.dtype)), alpha=ce)
+        ctx.save_for_backward(slope)
+        kl, nll = sums.float().unbind()
+        ctx.mark_non_differentiable(kl, nll)
+        return kl + ce * nll, kl, nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient by `ours`."""
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None, None, None
+
+
 class Trainer:
     """Trains `student` to answer as `teacher` does; `checkpoint` is where it is kept, `identity` what it is of."""
 
@@ -59,11 +95,16 @@ class Trainer:
     ):  # fmt: skip
         self.student, self.teacher, self.o = student, teacher, options
         self.train, self.heldout = train, heldout
+        self.kept: dict[int, Tensor] = {}
+        own = 4 * sum(p.nbytes for p in student.parameters())  # gradients, two averages, weights as rounded
+        self.room = int(KEPT * max(0, psutil.virtual_memory().available - own))
         self.path, self.identity = checkpoint, identity
         self.result, self.at, self.frozen = Result(), 0, False
         self.freezes = round(options.freeze * options.steps)
         groups = [{"params": [p], "size": size} for p, size in _sizes(student)]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
 
     def run(self, progress: Progress | None = None) -> Result:
         """Train to the last step, or until nothing improves. Raises HalfbyteError when the loss is not finite."""
@@ -96,10 +137,8 @@ class Trainer:
         return self.o.rate * (LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * done)) / 2)
 
     def _step(self) -> float:
-        ids, real = batch(self.train, self.at, self.o.batch, self.o.seed)
-        kl, nll = self.losses(ids, real)
-        count = int(real.sum())
-        loss = (kl + self.o.ce * nll) / count if self.o.ce else kl / count
+        loss, _, _, count = self.losses(batch(len(self.train), self.at, self.o.batch, self.o.seed))
+        loss = loss / count
         self.optimizer.zero_grad()
         loss.backward()
         for group in self.optimizer.param_groups:
@@ -113,21 +152,44 @@ class Trainer:
                 m.freeze_codes(last + (first - last) * (1 + math.cos(math.pi * done)) / 2)
         return float(loss.detach())
 
-    def losses(self, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over the tokens that are `real`: KL(teacher || student), and the negative log likelihood."""
-        with torch.no_grad():
-            law = functional.log_softmax(self.teacher(ids[:, :-1])[real], dim=-1)
-        ours = functional.log_softmax(self.student(ids[:, :-1])[real], dim=-1)
-        kl = functional.kl_div(ours, law, reduction="sum", log_target=True)
-        return kl, functional.nll_loss(ours, ids[:, 1:][real], reduction="sum")
+    def losses(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Sums over tokens of sequences, by number: what is trained on, KL(teacher || student), nll; and their count.
+
+        Numbers go on from those to train on to those held out.
+        """
+        ids, real = padded([self.sequence(i) for i in numbers])
+        whole, theirs = bool(real.all()), torch.cat([self.answers(i) for i in numbers])
+        ours, targets = self.student(ids[:, :-1]), ids[:, 1:]
+        ours, targets = (x.flatten(0, 1) if whole else x[real] for x in (ours, targets))
+        return *_Divergence.apply(ours, theirs, targets, self.o.ce), len(targets)
+
+    def sequence(self, number: int) -> list[int]:
+        """The tokens of a sequence."""
+        n = len(self.train)
+        return self.train[number] if number < n else self.heldout[number - n]
+
+    @torch.no_grad()
+    def answers(self, number: int) -> Tensor:
+        """The float model's logits on a sequence, float32[tokens, V]; kept for the next epoch while there is room.
+
+        Computed for each sequence alone, so that their bits do not depend on the batch, nor on what is kept.
+        """
+        found = self.kept.get(number)
+        if found is None:
+            found = self.teacher(torch.tensor([self.sequence(number)[:-1]]))[0]
+            if found.nbytes <= self.room:
+                self.kept[number] = found
+                self.room -= found.nbytes
+        return found
 
     @torch.no_grad()
     def _measure(self) -> None:
         sums, count = np.zeros(2), 0
-        for i in range(0, len(self.heldout), self.o.batch):
-            ids, real = padded(self.heldout[i : i + self.o.batch])
-            sums += [float(v) for v in self.losses(ids, real)]
-            count += int(real.sum())
+        n = len(self.train)
+        for i in range(n, n + len(self.heldout), self.o.batch):
+            _, kl, nll, tokens = self.losses(range(i, min(i + self.o.batch, n + len(self.heldout))))
+            sums += [float(kl), float(nll)]
+            count += tokens
         kl, nll = sums / count
         if not math.isfinite(nll):
             raise HalfbyteError(f"training diverged at step {self.at}: the output is not finite; lower --lr")

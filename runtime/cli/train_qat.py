@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--own-text",
         type=whole(0, 1 << 20),
         metavar="N",
-        help="sequences that the float model writes itself (default: 512 without --text)",
+        help="sequences that the float model writes itself (default: 512)",
     )
     text.add_argument(
         "--heldout", metavar="FILE", help="text that decides which step is kept (default: 1 sequence of 16)"
     )
     loop = parser.add_argument_group("training")
-    loop.add_argument("--steps", type=whole(1, 1 << 31), metavar="N", help="default: 1000")
-    loop.add_argument("--batch", type=whole(1, 1 << 16), metavar="N", help="sequences a step (default: 8)")
-    loop.add_argument("--length", type=whole(2, 512), metavar="N", help="tokens of a sequence (default: 256)")
+    loop.add_argument("--steps", type=whole(1, 1 << 31), metavar="N", help="default: 1500")
+    loop.add_argument("--batch", type=whole(1, 1 << 16), metavar="N", help="sequences a step (default: 2)")
+    loop.add_argument("--length", type=whole(2, 512), metavar="N", help="tokens of a sequence (default: 512)")
     loop.add_argument(
         "--lr",
         type=number,
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--policy", metavar="NAME", help="i8g32: round activations too (default), or f32")
     loop.add_argument("--kv", metavar="MODE", help="round keys and values as this mode does (default: not)")
     loop.add_argument(
-        "--every", type=whole(1, 1 << 31), metavar="N", help="steps between measurements (default: 50)"
+        "--every", type=whole(1, 1 << 31), metavar="N", help="steps between measurements (default: 100)"
     )
     loop.add_argument(
         "--patience",
