@@ -313,9 +313,9 @@ HB_INLINE vi16 vi16_zero(void) { return vi16_set1(0); }
 HB_INLINE vi16 vi16_load(const int32_t *p) { HB_LANES(vi16, p[i]); }
 HB_INLINE void vi16_store(int32_t *p, vi16 a) { memcpy(p, a.v, sizeof a.v); }
 HB_INLINE vi16 vi16_load_u8(const uint8_t *p) { HB_LANES(vi16, p[i]); }
-HB_INLINE vi16 vi16_add(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] + b.v[i]); }
+HB_INLINE vi16 vi16_add(vi16 a, vi16 b) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
 HB_INLINE vi16 vi16_sub(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] - b.v[i]); }
-HB_INLINE vi16 vi16_mul(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] * b.v[i]); }
+HB_INLINE vi16 vi16_mul(vi16 a, vi16 b) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] * (uint32_t)b.v[i])); }
 HB_INLINE vi16 vi16_and(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] & b.v[i]); }
 HB_INLINE vi16 vi16_shl(vi16 a, int n) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] << n)); }
 HB_INLINE vi16 vi16_shr(vi16 a, int n) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] >> n)); }

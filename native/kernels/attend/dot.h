@@ -92,11 +92,14 @@ HB_INLINE void put_wide(const numbers *a, uint32_t i, uint32_t c, vi16 v, dot_su
 
 #else
 #if defined(HB_AVX512)
-enum { DOTS = 4 }; /* rows whose sums fit the registers: each has two */
+enum {
+    DOTS = 4,
+    DOT_BY_TURNS = 1
+}; /* rows that have two sums each, also of one digit: a sum waits for the last */
 #elif defined(HB_NEON)
-enum { DOTS = 2 };
+enum { DOTS = 2, DOT_BY_TURNS = 0 };
 #else
-enum { DOTS = 1 };
+enum { DOTS = 1, DOT_BY_TURNS = 0 };
 #endif
 #define DOT_OFFSET(form) QUAD_OFFSET_SIGNED
 HB_INLINE quad dot_flip(const int form) {
@@ -125,12 +128,14 @@ HB_INLINE void dot_quad(const int n, const int form, dot_sum *s, quad w, const i
                         const int k) {
     HB_UNROLL
     for (int i = 0; i < n; i++) {
-        s[i].high = dot_digit(s[i].high, w, rows[i] + 4 * k);
+        vi16 *sum = form != WIDE && DOT_BY_TURNS && k & 1 ? &s[i].low : &s[i].high;
+        *sum = dot_digit(*sum, w, rows[i] + 4 * k);
         if (form == WIDE) s[i].low = dot_digit(s[i].low, w, rows[i] + 32 + 4 * k);
     }
 }
 HB_INLINE vi16 dot_total(const int form, dot_sum s) {
-    return form == WIDE ? vi16_add(vi16_shl(s.high, 7), s.low) : s.high;
+    if (form == WIDE) s.high = vi16_shl(s.high, 7);
+    return form == WIDE || DOT_BY_TURNS ? vi16_add(s.high, s.low) : s.high;
 }
 HB_INLINE void put_wide(const numbers *a, uint32_t i, uint32_t c, vi16 v, dot_sum *sums) {
     int8_t *to = a->data + (size_t)i * 2 * a->cols + c / 32 * 64 + c % 32;
