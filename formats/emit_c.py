@@ -174,6 +174,7 @@ def _sides() -> str:
     """The table of stored forms of keys and values as C."""
     return (
         f"#define HB_PAGE_POSITIONS {kv_modes.PAGE}\n#define HB_E5M3_BIAS {kv_modes.E5M3_BIAS}\n"
+        f"#define HB_QUERY_STEPS {kv_modes.QUERY_STEPS}\n"
         f"#define HB_SIGN_SEED {kv_modes.SIGN_SEED:#x}ull\n"
         f"#define HB_SIDE_COUNT {len(kv_modes.SIDES)}\n#define HB_SIDE_TABLE {_braces(map(_side, kv_modes.SIDES))}\n"
     )

@@ -22,6 +22,7 @@ from .tiles import COLUMN_PAD, PANEL, align
 
 PAGE = 64  # positions of a page
 E5M3_BIAS = 24  # code 0 is 0, others are 2^((code >> 3) - 24) * (1 + (code & 7) / 8)
+QUERY_STEPS = 64  # see Side.query_steps
 SIGN_SEED = 0x68616C6662797465  # of the signs of the rotation
 
 
@@ -43,6 +44,11 @@ class Side:
     def packed(self) -> bool:
         """Whether codes are stored."""
         return bool(self.rule)
+
+    @property
+    def query_steps(self) -> int:
+        """Steps of its largest magnitude that a rotated query has beside keys of this side; 0: not rounded."""
+        return QUERY_STEPS if self.levels else 0
 
 
 def _lloyd_max(*positive: float) -> tuple[tuple[int, ...], str, float]:

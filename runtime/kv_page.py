@@ -69,6 +69,17 @@ def quantize(y: np.ndarray, side: Side) -> tuple[np.ndarray, np.ndarray]:
         return above.sum(axis=-1).astype(np.uint8), scales
 
 
+def round_query(q: np.ndarray, side: Side) -> np.ndarray:
+    """What `attend` takes for float32 q[..., n] beside keys of this side, float64: rotated, rounded, and back."""
+    if not side.query_steps:
+        return q.astype(np.float64)
+    y = rotate(q)
+    top = np.abs(y).max(axis=-1, keepdims=True)
+    live = (top > F32(1e-30)) & (top < np.inf)
+    inverse = np.where(live, F32(side.query_steps) / np.where(live, top, F32(1)), F32(0))
+    return unrotate(np.rint(y * inverse).astype(np.float64) * top / side.query_steps)
+
+
 def dequantize(codes: np.ndarray, scales: np.ndarray, side: Side) -> np.ndarray:
     """The rotated values of codes: level * scale, float32."""
     level = np.asarray(side.levels, F32)[codes] if side.levels else codes.view(np.int8).astype(F32)

@@ -171,7 +171,8 @@ static inline size_t hb_attend_scratch(uint32_t share, uint32_t kv_heads, uint32
     const size_t n = (size_t)share * (most > kv_heads ? most : kv_heads), stride = (v_dim + 15u) / 16u * 16u;
     const size_t k_cols = (k_dim + 31u) / 32u * 32u;
     const size_t floats = n * (HB_PAGE + 2 * stride + k_dim) + 4 * (n + 16) + HB_PAGE * (stride + k_dim);
-    const size_t packed = 2 * n * (k_cols + HB_PAGE) + 7 * n * sizeof(float) + HB_PAGE * (k_cols + stride);
+    const size_t packed =
+        2 * n * (2 * k_cols + HB_PAGE) + 10 * n * sizeof(float) + HB_PAGE * (k_cols + stride);
     return floats * sizeof(float) + packed + 64;
 }
 

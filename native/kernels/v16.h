@@ -88,6 +88,7 @@ HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) { _mm_storeu_si128((__m128i *)p,
 HB_INLINE vi16 vi16_round(v16 a) { return _mm512_cvtps_epi32(a); } /* half to even */
 HB_INLINE v16 v16_from_int(vi16 a) { return _mm512_cvtepi32_ps(a); }
 HB_INLINE v16 v16_as_float(vi16 a) { return _mm512_castsi512_ps(a); }
+HB_INLINE vi16 v16_bits(v16 a) { return _mm512_castps_si512(a); }
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { /* 0 where test is 0 */
     return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(test, test), a);
 }
@@ -230,6 +231,7 @@ HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) { /* of values that fit */
 HB_INLINE vi16 vi16_round(v16 a) { return HB_VI16(_mm256_cvtps_epi32(a.l), _mm256_cvtps_epi32(a.h)); }
 HB_INLINE v16 v16_from_int(vi16 a) { return HB_V16(_mm256_cvtepi32_ps(a.l), _mm256_cvtepi32_ps(a.h)); }
 HB_INLINE v16 v16_as_float(vi16 a) { return HB_V16(_mm256_castsi256_ps(a.l), _mm256_castsi256_ps(a.h)); }
+HB_INLINE vi16 v16_bits(v16 a) { return HB_VI16(_mm256_castps_si256(a.l), _mm256_castps_si256(a.h)); }
 HB_INLINE __m256 hb_keep_8(__m256i test, __m256 a) {
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(test, _mm256_setzero_si256())), a);
 }
@@ -311,9 +313,9 @@ HB_INLINE vi16 vi16_zero(void) { return vi16_set1(0); }
 HB_INLINE vi16 vi16_load(const int32_t *p) { HB_LANES(vi16, p[i]); }
 HB_INLINE void vi16_store(int32_t *p, vi16 a) { memcpy(p, a.v, sizeof a.v); }
 HB_INLINE vi16 vi16_load_u8(const uint8_t *p) { HB_LANES(vi16, p[i]); }
-HB_INLINE vi16 vi16_add(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] + b.v[i]); }
+HB_INLINE vi16 vi16_add(vi16 a, vi16 b) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
 HB_INLINE vi16 vi16_sub(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] - b.v[i]); }
-HB_INLINE vi16 vi16_mul(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] * b.v[i]); }
+HB_INLINE vi16 vi16_mul(vi16 a, vi16 b) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] * (uint32_t)b.v[i])); }
 HB_INLINE vi16 vi16_and(vi16 a, vi16 b) { HB_LANES(vi16, a.v[i] & b.v[i]); }
 HB_INLINE vi16 vi16_shl(vi16 a, int n) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] << n)); }
 HB_INLINE vi16 vi16_shr(vi16 a, int n) { HB_LANES(vi16, (int32_t)((uint32_t)a.v[i] >> n)); }
@@ -328,6 +330,7 @@ HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) {
 HB_INLINE vi16 vi16_round(v16 a) { HB_LANES(vi16, hb_to_i32(nearbyintf(a.v[i]))); }
 HB_INLINE v16 v16_from_int(vi16 a) { HB_LANES(v16, (float)a.v[i]); }
 HB_INLINE v16 v16_as_float(vi16 a) { HB_LANES(v16, hb_from_bits((uint32_t)a.v[i])); }
+HB_INLINE vi16 v16_bits(v16 a) { HB_LANES(vi16, (int32_t)hb_to_bits(a.v[i])); }
 HB_INLINE v16 v16_keep_nonzero(vi16 test, v16 a) { HB_LANES(v16, test.v[i] ? a.v[i] : 0.0f); }
 #endif
 
@@ -348,6 +351,19 @@ HB_INLINE v16 v16_exp(v16 x) {
     p = v16_fma(p, r, v16_set1(5.0000001201e-1f));
     p = v16_add(v16_fma(p, v16_mul(r, r), r), v16_set1(1.0f));
     return v16_mul(p, v16_pow2(n));
+}
+
+/* The same of x <= 0, held above -86, within 3e-6: 2^n times a polynomial of degree 4. */
+HB_INLINE v16 v16_exp_short(v16 x) {
+    const v16 log2e = v16_set1(1.44269504088896341f),
+              shift = v16_set1(12582912.0f); /* n in the lowest bits */
+    x = v16_max(v16_set1(-86.0f), x);
+    const v16 n = v16_fma(x, log2e, shift), r = v16_fma(x, log2e, v16_sub(shift, n));
+    v16 p = v16_fma(v16_set1(9.570102e-3f), r, v16_set1(5.5917863e-2f));
+    p = v16_fma(p, r, v16_set1(2.4024744e-1f));
+    p = v16_fma(p, r, v16_set1(6.931218e-1f));
+    p = v16_fma(p, r, v16_set1(1.0f));
+    return v16_as_float(vi16_add(v16_bits(p), vi16_shl(v16_bits(n), 23)));
 }
 
 /* tanh: Cephes' tanhf polynomial near zero, 1 - 2 / (e^2x + 1) elsewhere. */

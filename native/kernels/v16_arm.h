@@ -143,6 +143,7 @@ HB_INLINE void vi16_store_i8(int8_t *p, vi16 a) {
 HB_INLINE vi16 vi16_round(v16 a) { return HB_BY4_1(vi16, vcvtnq_s32_f32, a); }
 HB_INLINE v16 v16_from_int(vi16 a) { return HB_BY4_1(v16, vcvtq_f32_s32, a); }
 HB_INLINE v16 v16_as_float(vi16 a) { return HB_BY4_1(v16, vreinterpretq_f32_s32, a); }
+HB_INLINE vi16 v16_bits(v16 a) { return HB_BY4_1(vi16, vreinterpretq_s32_f32, a); }
 HB_INLINE float32x4_t hb_keep_4(int32x4_t test, float32x4_t a) {
     return vreinterpretq_f32_u32(vandq_u32(vtstq_s32(test, test), vreinterpretq_u32_f32(a)));
 }

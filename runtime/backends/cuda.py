@@ -17,12 +17,14 @@ from torch import Tensor
 
 from halfbyte.formats import encodings
 from halfbyte.formats.errors import HalfbyteError, UsageError
+from halfbyte.formats.kv_modes import PAGE, Side
 from halfbyte.formats.ops import BY_CODE, FUNCTION_NAMES
 from halfbyte.formats.program import bits_f32
 from halfbyte.runtime.backends.backend import GPU_POLICIES, POLICIES, Backend, Step, operands
 from halfbyte.runtime.backends.cuda_kv import DeviceKV
 from halfbyte.runtime.backends.reference import F8_MAX, QUANT_GROUP, TINY
 from halfbyte.runtime.kv import KV
+from halfbyte.runtime.kv_page import round_query
 
 
 def device_name() -> str:
@@ -274,8 +276,17 @@ class Cuda(Backend):
             j = torch.arange(first, end, device=self.device)
             i = torch.arange(start, end, device=self.device)[:, None]
             seen = (j <= i) & (j > i - window) if window else j <= i
+            if kv.modes[
+                cache
+            ].k.query_steps:  # queries of their own for the first page: columns beside the others
+                near = (j < PAGE)[:, None]
+                k = torch.cat([k * near, k * ~near], dim=2)
+                heads = torch.cat([heads, self._rounded(heads, kv.modes[cache].k)], dim=2)
             out.append(attend(heads, k, v, seen, scale, softcap).transpose(0, 1).reshape(z - a, -1))
         return torch.cat(out)
+
+    def _rounded(self, q: Tensor, side: Side) -> Tensor:
+        return self._to_device(round_query(q.cpu().numpy(), side).astype(np.float32))
 
     def op_gather(self, step: Step, x: Tensor, index: int) -> Tensor:
         """y[t, j] = x[t, index[j]]"""

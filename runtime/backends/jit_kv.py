@@ -65,6 +65,17 @@ def unrotate(y, n):
 
 
 @numba.njit
+def round_query(y, n, steps, out):
+    """Rotated y to `steps` steps of its largest magnitude; see `kv_page.round_query`."""
+    top = F32(0.0)
+    for c in range(n):
+        top = max(top, abs(y[c]))
+    inverse = steps / top if F32(1e-30) < top < F32(np.inf) else F32(0.0)
+    for c in range(n):
+        out[c] = F32(np.rint(F32(y[c] * inverse))) * F32(top / steps)
+
+
+@numba.njit
 def _scale_value(code):
     return F32(0.0) if code == 0 else bits_f32(numba.int32((numba.int32(code) + _BASE) << 20))
 

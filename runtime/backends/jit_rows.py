@@ -8,7 +8,7 @@ from typing import Any
 import numba
 
 from halfbyte.formats import encodings
-from halfbyte.formats.kv_modes import PAGE
+from halfbyte.formats.kv_modes import BY_SIDE, PAGE
 from halfbyte.runtime.backends import jit_tiles as w
 from halfbyte.runtime.backends.jit_intrinsics import (
     bits_f64,
@@ -23,7 +23,7 @@ from halfbyte.runtime.backends.jit_intrinsics import (
     store_value,
 )
 from halfbyte.runtime.backends.jit_kernels import kernel
-from halfbyte.runtime.backends.jit_kv import page_readers, rotate, unrotate
+from halfbyte.runtime.backends.jit_kv import page_readers, rotate, round_query, unrotate
 from halfbyte.runtime.backends.jit_math import apply, exp64, tanh64
 from halfbyte.runtime.kv_page import TILE
 
@@ -248,6 +248,8 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
     size = encodings.FLOAT_BYTES[kind]
     heads = next(n for n in (4, 2, 1) if share % n == 0)  # that one conversion of a key serves
     packed = bool(k)
+    steps = numba.float32(BY_SIDE[k].query_steps if packed else 0)
+    own = steps > 0  # beside keys of pages after the first, queries are rounded
     read_keys, read_values = page_readers(k or "8", v or "8")
 
     def attend(a, index, worker):
@@ -265,7 +267,7 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
         q_at = a[w.X] + (t * a[w.X_STRIDE] + h * share * k_dim) * 4
         y_at = a[w.Y] + (t * a[w.Y_STRIDE] + h * share * v_dim) * 4
         whole_v = v_dim // 16 * 16
-        unpacked = scratch + share * row  # of packed pages: keys, values, then rotated queries
+        unpacked = scratch + share * row  # of packed pages: keys, values, then queries rotated, and rounded
         unpacked_v = unpacked + PAGE * k_dim * 4
         if packed:
             rotated = unpacked_v + PAGE * v_dim * 4
@@ -274,6 +276,8 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
                 for c in range(k_dim):
                     y[c] = x[c]
                 rotate(y, k_dim)
+                if own:
+                    round_query(y, k_dim, steps, f32_at(rotated + (share + s) * k_dim * 4))
             q_at = rotated
         for j in range(0, n, PAGE):  # the heads that share keys read a page while it is in L1
             keys = pages[first + j // PAGE] + head
@@ -282,6 +286,8 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
                 at = first + j // PAGE
                 read_keys(pages[at], at, h, k_dim, v_dim, used, f32_at(unpacked))
                 keys = unpacked
+                if own and at > 0:
+                    q_at = rotated + share * k_dim * 4
             for s in range(0, share, heads):
                 q_s, p_s = q_at + s * k_dim * 4, scratch + s * row + j * 4
                 kv_scores(spec, kind, heads, q_s, keys, k_dim, used, p_s, row)

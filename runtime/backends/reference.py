@@ -12,9 +12,11 @@ import numpy as np
 
 from halfbyte.formats import encodings
 from halfbyte.formats.container import Tensor
+from halfbyte.formats.kv_modes import PAGE
 from halfbyte.formats.ops import BY_CODE, FUNCTION_NAMES
 from halfbyte.formats.program import bits_f32
 from halfbyte.runtime.backends.backend import GPU_POLICIES, POLICIES, Backend, Step, operands
+from halfbyte.runtime.kv_page import round_query
 
 F32 = np.float32
 QUANT_GROUP = 32  # columns that share an activation scale
@@ -254,14 +256,16 @@ class Reference(Backend):
             kv.put(cache, int(position), k[t].reshape(heads, 1, -1), v[t].reshape(heads, 1, -1))
 
     def attend(self, step: Step, q: np.ndarray, cache: int, scale: float, softcap: float) -> np.ndarray:
-        """softmax(cap(scale * q @ K^T)) @ V, in float64 per row, over the row's window."""
+        """softmax(cap(scale * q @ K^T)) @ V, in float64 per row, over the row's window; q as `round_query` has it."""
         window, rows = int(self.file.caches[cache]["window"]), []
         for t in range(step.rows):
             kv, end = step.kvs[step.sessions[t]], int(step.positions[t]) + 1
             start = max(0, end - window) if window else 0
             k, v = (a.astype(np.float64) for a in kv.read(cache, start, end))
-            heads = q[t].astype(np.float64).reshape(len(k), -1, k.shape[2])  # [kv_heads, share, k_dim]
-            scores = scale * (heads @ k.transpose(0, 2, 1))
+            heads = q[t].reshape(len(k), -1, k.shape[2])  # [kv_heads, share, k_dim]
+            own, split = kv.modes[cache].k, max(PAGE, start) - start  # keys of the first page differ
+            near, far = heads.astype(np.float64) @ k[:, :split].transpose(0, 2, 1), round_query(heads, own)
+            scores = scale * np.concatenate([near, far @ k[:, split:].transpose(0, 2, 1)], axis=2)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
             p = np.exp(scores - scores.max(axis=2, keepdims=True))
