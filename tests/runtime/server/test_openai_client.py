@@ -218,6 +218,34 @@ def test_forced_tool_calls(tool: openai.OpenAI, choice: object) -> None:
     assert after.choices[0].message.role == "assistant"
 
 
+def test_allowed_tools(tool: openai.OpenAI) -> None:
+    other = {"type": "function", "function": {"name": "other", "parameters": NOTHING}}
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    options = {"tools": [other, WEATHER], "max_tokens": 300, "seed": 3}
+    messages = [{"role": "user", "content": "the weather?"}]
+    answer = tool.chat.completions.create(
+        model="any",
+        messages=messages,
+        tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+        **options,
+    )
+    assert answer.choices[0].message.tool_calls[0].function.name == "weather"
+    flat = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
+    tools = [{"type": "function", **t["function"]} for t in (other, WEATHER)]
+    response = tool.responses.create(
+        model="any", input="the weather?", tools=tools, tool_choice=flat, max_output_tokens=300
+    )
+    assert response.output[0].name == "weather"
+    allowed["tools"][0]["function"]["name"] = "nothing"
+    with pytest.raises(openai.BadRequestError, match="tool_choice"):
+        tool.chat.completions.create(
+            model="any",
+            messages=messages,
+            tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+            **options,
+        )
+
+
 def test_tools_need_a_template_that_knows_them(story: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="knows no tools"):
         story.chat.completions.create(
