@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Literal
 
 import numpy as np
 import openai
+import pydantic
 import pytest
 from serving import Running, greedy, serial
 
@@ -157,6 +159,43 @@ def test_json_schema(story: openai.OpenAI, stream: bool) -> None:
             assert answer.choices[0].finish_reason == "stop"
         found = json.loads(text)
         assert set(found) == {"a", "b"} and isinstance(found["a"], bool) and found["b"] in ("x", "yy")
+
+
+class Cat(pydantic.BaseModel, extra="forbid"):
+    kind: Literal["cat"]
+    lives: int = pydantic.Field(ge=0, le=9)
+
+
+class Dog(pydantic.BaseModel, extra="forbid"):
+    kind: Literal["dog"]
+    color: Literal["red", "blue"] | None = None
+
+
+class Zoo(pydantic.BaseModel, extra="forbid"):
+    pet: Cat | Dog = pydantic.Field(discriminator="kind")
+    fed: dict[Literal["am", "pm"], bool]
+
+
+def test_pydantic_models(tool: openai.OpenAI) -> None:
+    """What the client makes of classes: oneOf with a discriminator, propertyNames, references, optional members."""
+    schema = {"name": "zoo", "schema": Zoo.model_json_schema()}
+    messages = [{"role": "user", "content": "x"}]
+    for seed in range(4):
+        answer = tool.chat.completions.create(
+            model="any",
+            messages=messages,
+            seed=seed,
+            response_format={"type": "json_schema", "json_schema": schema},
+        )
+        assert isinstance(Zoo.model_validate_json(answer.choices[0].message.content), Zoo)
+    parsed = tool.chat.completions.parse(model="any", messages=messages, response_format=Cat)
+    assert isinstance(parsed.choices[0].message.parsed, Cat)
+    assert isinstance(tool.responses.parse(model="any", input="x", text_format=Dog).output_parsed, Dog)
+    options = {"tools": [openai.pydantic_function_tool(Cat)], "tool_choice": "required"}
+    with tool.chat.completions.stream(model="any", messages=messages, **options) as stream:
+        kinds = {event.type for event in stream}
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert "tool_calls.function.arguments.done" in kinds and isinstance(call.function.parsed_arguments, Cat)
 
 
 def test_json_object_and_grammars(story: openai.OpenAI) -> None:
