@@ -112,6 +112,8 @@ OURS = (
     Ours("q4-", text=True),
     Ours("q4"),
     Ours("q4", text=True),
+    Ours("q4", method="rtn"),
+    *(Ours("q4", text=True, method=m) for m in ("rtn", "awq", "autoround")),
     Ours("q4+"),
     Ours("q4+", text=True),
     Ours("q5", text=True),

@@ -2,12 +2,13 @@
 
 An answer that differs from its serial one ends the script.
 
-    python benchmarks/concurrency.py MODEL.hb [--streams 8] [--prompt 2048] [--tokens 64] [--json]
+    python benchmarks/concurrency.py MODEL.hb [--streams 8] [--prompt 2048] [--tokens 64] [--rounds 3] [--json]
 
 decode    tokens/s of one stream and of several together, at short context
 prefix    seconds to the first token of a prompt that is new, and of one that shares all but its last 16 tokens
 lookup    tokens/s of a copying answer without guesses and with them (`text` repeats itself: the copy-heavy case)
-Token ids are random but for `lookup`, whose prompt is a short pattern again and again.
+Rates are the best of --rounds, which take turns, as other programs may run meanwhile. Token ids are random but for
+`lookup`, whose prompt is a short pattern again and again.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def serial(model: Model, prompt: list[int], how: Sampling, tokens: int) -> list[
     return answer.ids
 
 
-def measure(model: Model, streams: int, prompt: int, tokens: int) -> dict[str, Any]:
+def measure(model: Model, streams: int, prompt: int, tokens: int, rounds: int) -> dict[str, Any]:
     """All figures."""
     rng = np.random.default_rng(0)
     how = Sampling(logit_bias=dict.fromkeys(model.eos_ids, float("-inf")))
@@ -66,18 +67,23 @@ def measure(model: Model, streams: int, prompt: int, tokens: int) -> dict[str, A
     def ids(n: int) -> list[int]:
         return rng.integers(3, model.vocab_size, n).tolist()
 
+    def best(name: str, rate: float) -> None:
+        found[name] = max(rate, found.get(name, 0.0))
+
     engine, found = Engine(model, slots=max(32, streams)), dict[str, Any]()
     try:
         Asked(engine, Request(ids(8), 4, how)).wait()
-        for count in (1, streams):
+        answers: list[tuple[list[int], list[int]]] = []
+        for count in (1, streams) * rounds:
             prompts = [ids(8) for _ in range(count)]
             begin = time.perf_counter()
             asked = [Asked(engine, Request(p, tokens, how)) for p in prompts]
             for one in asked:
                 one.wait()
-            found[f"decode_{count}"] = count * tokens / (time.perf_counter() - begin)
-            for p, one in zip(prompts, asked):
-                assert one.ids == serial(model, p, how, tokens), "an answer differs from its serial one"
+            best(f"decode_{count}", count * tokens / (time.perf_counter() - begin))
+            answers += [(p, one.ids) for p, one in zip(prompts, asked)]
+        for given, answer in answers[: 2 * (1 + streams)]:
+            assert answer == serial(model, given, how, tokens), "an answer differs from its serial one"
         shared = ids(prompt - 16)
         for name in ("cold", "warm"):
             one = Asked(engine, Request(shared + ids(16), 1, how))
@@ -85,9 +91,9 @@ def measure(model: Model, streams: int, prompt: int, tokens: int) -> dict[str, A
             found[f"first_token_{name}"] = one.first - one.start
         pattern = ids(24) * 8
         wanted = serial(model, pattern, how, tokens)
-        for lookup in (0, 10):
+        for lookup in (0, 10) * rounds:
             one = Asked(engine, Request(pattern, tokens, how, lookup=lookup))
-            found[f"lookup_{lookup}"] = (tokens - 1) / one.wait()
+            best(f"lookup_{lookup}", (tokens - 1) / one.wait())
             assert one.ids == wanted, "an answer differs from its serial one"
         found["guesses_right"] = engine.metrics.guessed_right / max(1, engine.metrics.guessed)
     finally:
@@ -105,10 +111,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model = halfbyte.load(args.model)
-    found = measure(model, args.streams, min(args.prompt, model.context_length - 1), args.tokens)
+    found = measure(
+        model, args.streams, min(args.prompt, model.context_length - 1), args.tokens, max(1, args.rounds)
+    )
     print(json.dumps(found) if args.json else "\n".join(f"{k:20} {v:10.3f}" for k, v in found.items()))
 
 

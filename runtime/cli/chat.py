@@ -154,7 +154,8 @@ class Chat:
             line = sys.stdin.readline()
             return line.rstrip("\r\n") if line else None
         try:
-            return input(prompt)
+            with woken():
+                return input(prompt)
         except EOFError:
             print()
             return None
@@ -354,6 +355,22 @@ def interrupts(interactive: bool) -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def woken() -> Iterator[None]:
+    """Five times a second, while a line is typed: a signal that comes just before the line editor's wait is otherwise
+    seen with the next key only."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="q2 to q6, q8, q4+ (the head in q6 rather than q5), q4- (in q4), f16, bf16, f32 or keep (default: q4; keep for codes that arrive"
-        " quantised)",
+        help="q2 to q6, q8, f16, bf16, f32; q4 has the head in q5, q4+ in q6, q4- in q4; keep for codes that arrive"
+        " quantised (default: q4 or keep)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer instead of the source's own")
     parser.add_argument(

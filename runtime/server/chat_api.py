@@ -13,7 +13,7 @@ from halfbyte.runtime.server.answer import Finished, Request, Token
 from halfbyte.runtime.server.fields import ApiError, Fields
 from halfbyte.runtime.server.reply import REASONS, Reply, Service
 from halfbyte.runtime.server.splitter import Piece, Splitter, Splitting
-from halfbyte.runtime.server.tools import Call, Format, format_of, grammar_of
+from halfbyte.runtime.server.tools import Call, Format, format_of, grammar_of, with_tools
 
 EFFORTS = ("", "none", "minimal", "low", "medium", "high", "xhigh")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -95,16 +95,20 @@ def tool_plan(
     service: Service, body: Fields, tools: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], Format | None, Grammar | None]:
     """(tools that the template shows, format to parse, grammar that forces a call), by tool_choice."""
-    choice = body.values.get("tool_choice")
-    if isinstance(choice, dict):
+    holder, word = None, ""
+    if isinstance(body.values.get("tool_choice"), dict):
         holder = body.object("tool_choice")
         assert holder is not None
+        if holder.text("type", "function") == "allowed_tools":
+            tools, word = _allowed(body, holder.object("allowed_tools") or holder, tools)
+            holder = None
+    if holder is not None:
         name = (holder.object("function") or holder).text("name")
         forced = [t for t in tools if t["function"]["name"] == name]
         if not forced:
             raise body.wrong("tool_choice", "names a function that 'tools' does not have")
     else:
-        word = body.choice("tool_choice", ("none", "auto", "required"), "auto")
+        word = word or body.choice("tool_choice", ("none", "auto", "required"), "auto")
         if word == "none" or not tools:
             if word == "required":
                 raise body.wrong("tool_choice", "is 'required', but there are no tools")
@@ -128,6 +132,16 @@ def variables_of(body: Fields, effort: str) -> dict[str, Any]:
     return {**told, **variables}
 
 
+def _allowed(body: Fields, given: Fields, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """(tools, mode) of a tool_choice that allows some of them."""
+    names = {(tool.object("function") or tool).text("name") for tool in given.objects("tools")}
+    if not names <= {t["function"]["name"] for t in tools}:
+        raise body.wrong("tool_choice", "names a function that 'tools' does not have")
+    return [t for t in tools if t["function"]["name"] in names], given.choice(
+        "mode", ("auto", "required"), "auto"
+    )
+
+
 class ChatReply(Reply):
     """An answer of /v1/chat/completions."""
 
@@ -135,7 +149,9 @@ class ChatReply(Reply):
         model = service.model
         body.unsupported("audio", "functions", "prediction", "web_search_options")
         tools, how, forced = tool_plan(service, body, tools_of(body))
-        messages = messages_of(body, "developer" in model.chat_template)
+        messages = with_tools(
+            messages_of(body, "developer" in model.chat_template), tools, model.chat_template
+        )
         extra = variables_of(body, body.choice("reasoning_effort", EFFORTS, ""))
         ids = service.checked_prompt(prompt_ids(model, messages, tools or None, **extra))
         top = body.whole("top_logprobs", 0, 0, read.MAX_TOP)

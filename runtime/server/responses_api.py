@@ -19,7 +19,7 @@ from halfbyte.runtime.server.chat_api import (
 from halfbyte.runtime.server.fields import Fields, dump
 from halfbyte.runtime.server.reply import Reply, Service
 from halfbyte.runtime.server.splitter import Piece, Splitting
-from halfbyte.runtime.server.tools import Call
+from halfbyte.runtime.server.tools import Call, with_tools
 
 _TEXTS = ("input_text", "output_text", "text")
 
@@ -74,7 +74,8 @@ class ResponseReply(Reply):
         tools, how, forced = tool_plan(service, body, _tools(body))
         reasoning = body.object("reasoning")
         variables = variables_of(body, reasoning.choice("effort", EFFORTS, "") if reasoning else "")
-        ids = prompt_ids(service.model, _messages(service, body), tools or None, **variables)
+        messages = with_tools(_messages(service, body), tools, service.model.chat_template)
+        ids = prompt_ids(service.model, messages, tools or None, **variables)
         service.checked_prompt(ids)
         text = body.object("text")
         grammar = forced or service.response_format(text.object("format") if text else None)

@@ -114,7 +114,8 @@ def _read_pairs(text: str) -> list[Call]:
 
 
 def _read_gemma(text: str) -> list[Call]:
-    """call:NAME{key:value,...} with strings between <|"|>."""
+    """call:NAME{key:value,...} with strings between <|"|> (Gemma 4) or <escape> (FunctionGemma)."""
+    text = text.replace("<escape>", '<|"|>')
     found = re.fullmatch(r"\s*call:([\w.-]+)(\{.*\})\s*", text, re.DOTALL)
     if not found:
         raise ValueError("no call")
@@ -149,9 +150,13 @@ FORMATS = (
     Format("glm", ("<tool_call>", "<arg_key>"), "<tool_call>", "</tool_call>", _read_pairs),
     Format("hermes", ("<tool_call>",), "<tool_call>", "</tool_call>", _read_json, "arguments"),
     Format("gemma", ("<|tool_call>",), "<|tool_call>", "<tool_call|>", _read_gemma),
+    Format("functiongemma", ("<start_function_call>",), "<start_function_call>", "<end_function_call>", _read_gemma),
     Format("mistral", ("[TOOL_CALLS]",), "[TOOL_CALLS]", "[TOOL_CALLS]", _read_mistral, "arguments", True),
     Format(
         "phi", ("<|tool_call|>", "<|/tool_call|>"), "<|tool_call|>", "<|/tool_call|>", _read_json, "arguments", True
+    ),
+    Format(
+        "phi", ("<|tool|>", "<|/tool|>"), "<|tool_call|>", "<|/tool_call|>", _read_json, "arguments", True
     ),
     Format("granite", ("<|tool_call|>",), "<|tool_call|>", "", _read_json, "arguments", True),
     Format("lfm", ("<|tool_call_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", _read_python),
@@ -172,9 +177,21 @@ def format_of(template: str) -> Format:
     raise UsageError("this model's chat template knows no tools")
 
 
+def with_tools(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], template: str
+) -> list[dict[str, Any]]:
+    """Messages for templates that read tools of the system message, as JSON of the functions (Phi-4)."""
+    if not tools or not any(word in template for word in ("message['tools']", "message.tools")):
+        return list(messages)
+    system, rest = {"role": "system", "content": ""}, list(messages)
+    if rest and rest[0]["role"] == "system":
+        system = rest.pop(0)
+    return [{**system, "tools": json.dumps([tool["function"] for tool in tools])}, *rest]
+
+
 def shown_ids(model: Model, how: Format) -> frozenset[int]:
     """Special tokens of a format, which the parser must see."""
-    words = ["[ARGS]", "[CALL_ID]", "<|python_tag|>", '<|"|>', how.open, how.close]
+    words = ["[ARGS]", "[CALL_ID]", "<|python_tag|>", '<|"|>', "<escape>", how.open, how.close]
     ids = (model.tokenizer.id_of(word) for word in words if word)
     return frozenset(i for i in ids if i is not None)
 

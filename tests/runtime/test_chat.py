@@ -1,6 +1,7 @@
 """Chat templates: published renderings, sandbox, one-line errors."""
 
 import json
+import random
 import resource
 import time
 from pathlib import Path
@@ -270,3 +271,30 @@ def test_a_template_cannot_change_the_messages() -> None:
     with pytest.raises(UsageError):
         render("{{ messages[0].content.append('y') }}", messages)
     assert messages == [{"role": "user", "content": ["x"]}]
+
+
+PIECES = ("{{", "}}", "{%", "%}", "{#", "|", "*1000000", "**99", "[::-1]", "|tojson", "|reverse|list", "range(10**9)",
+          "{% for a in messages %}", "{% endfor %}", "{% endif %}", "{% set x = x ~ x %}", ".__class__", "|join(',')",
+          "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "namespace()", "|attr('__class__')", "|replace('', 'aa')",
+          "|center(999999999)", "{% include 'x' %}", "\ud800", "\x00", "raise_exception('x')")  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_damaged_templates_render_or_are_refused(shared_data: Path, seed: int) -> None:
+    """Real templates with pieces dropped, repeated, exchanged and put in."""
+    sources = [p.read_text("utf-8") for p in sorted((shared_data / "chat-templates").glob("*.jinja"))]
+    rng, rendered = random.Random(seed), 0
+    for _ in range(60):
+        text = rng.choice(sources)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(text))
+            end, other = at + rng.randrange(40), rng.choice(sources)
+            there = rng.randrange(len(other))
+            put = ("", text[at:end] * 3, rng.choice(PIECES), other[there : there + rng.randrange(80)])
+            text = text[:at] + rng.choice(put) + text[end:]
+        try:
+            chat.render(text, CONVERSATION, tools=rng.choice((None, [WEATHER])))
+            rendered += 1
+        except UsageError as error:
+            assert "\n" not in str(error)
+    assert 0 < rendered < 60

@@ -308,10 +308,10 @@ class Terminal:
 
 
 @contextmanager
-def terminal(home: Path, *argv: object) -> Iterator[Terminal]:
+def terminal(home: Path, *argv: object, main: str = MAIN) -> Iterator[Terminal]:
     """Run `halfbyte chat` on a pseudo-terminal."""
     pty = pytest.importorskip("pty")
-    command = [sys.executable, "-c", MAIN, "chat", *map(str, argv)]
+    command = [sys.executable, "-c", main, "chat", *map(str, argv)]
     pid, fd = pty.fork()
     if pid == 0:
         env = {
@@ -386,10 +386,28 @@ def test_lines_of_earlier_chats_come_back(file, tmp_path):
 def test_a_terminating_signal_ends_it(file, tmp_path):
     with terminal(tmp_path, file) as chat:
         chat.until("> ")
-        chat.send("x")
-        chat.until("x")  # only now does the line editor surely wait, where a signal reaches it
-        time.sleep(0.1)
         os.kill(chat.pid, signal.SIGTERM)
+        chat.until("terminated")
+        assert chat.status() == 128 + signal.SIGTERM
+
+
+# Notes that signals came, as the C handler does, but interrupts no wait: as if they had come just before it.
+UNHEARD = """
+import _thread, builtins, signal, threading, time
+from halfbyte.runtime.cli import main
+read, missed = builtins.input, [signal.SIGINT, signal.SIGTERM]
+def after(prompt):
+    number = missed.pop(0)
+    threading.Thread(target=lambda: (time.sleep(0.5), _thread.interrupt_main(number)), daemon=True).start()
+    return read(prompt)
+builtins.input = after
+raise SystemExit(main())
+"""
+
+
+def test_a_signal_just_before_the_wait_for_a_key_is_seen(file, tmp_path):
+    with terminal(tmp_path, file, main=UNHEARD) as chat:
+        chat.until(r"\(/exit or Ctrl-D ends the chat\)\s+> ")
         chat.until("terminated")
         assert chat.status() == 128 + signal.SIGTERM
 

@@ -187,6 +187,7 @@ def mutated(rng: random.Random, value: Any) -> Any:
         {},
         [[]],
         {"type": "text"},
+        {"type": "allowed_tools", "tools": [{"name": "f"}]},
         [None],
         0.5,
     ]
@@ -195,9 +196,11 @@ def mutated(rng: random.Random, value: Any) -> Any:
     if isinstance(value, dict):
         found = {k: mutated(rng, v) for k, v in value.items() if rng.random() > 0.02}
         if rng.random() < 0.1:
-            found[rng.choice(("tools", "stop", "n", "logit_bias", "input", "prompt", "text", "seed"))] = (
-                rng.choice(odd)
-            )
+            found[
+                rng.choice(
+                    ("tools", "tool_choice", "stop", "n", "logit_bias", "input", "prompt", "text", "seed")
+                )
+            ] = rng.choice(odd)
         return found
     if isinstance(value, list):
         return [mutated(rng, v) for v in value] * rng.choice((1, 1, 1, 2))
@@ -222,6 +225,7 @@ FULL = {
     "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
     "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}},
     "stream": False, "stream_options": {"include_usage": True}, "instructions": "be", "chat_template_kwargs": {"a": 1},
+    "parallel_tool_calls": True, "reasoning_effort": "low", "reasoning": {"effort": "low"},
 }  # fmt: skip
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Literal
 
 import numpy as np
 import openai
+import pydantic
 import pytest
 from serving import Running, greedy, serial
 
@@ -159,6 +161,43 @@ def test_json_schema(story: openai.OpenAI, stream: bool) -> None:
         assert set(found) == {"a", "b"} and isinstance(found["a"], bool) and found["b"] in ("x", "yy")
 
 
+class Cat(pydantic.BaseModel, extra="forbid"):
+    kind: Literal["cat"]
+    lives: int = pydantic.Field(ge=0, le=9)
+
+
+class Dog(pydantic.BaseModel, extra="forbid"):
+    kind: Literal["dog"]
+    color: Literal["red", "blue"] | None = None
+
+
+class Zoo(pydantic.BaseModel, extra="forbid"):
+    pet: Cat | Dog = pydantic.Field(discriminator="kind")
+    fed: dict[Literal["am", "pm"], bool]
+
+
+def test_pydantic_models(tool: openai.OpenAI) -> None:
+    """What the client makes of classes: oneOf with a discriminator, propertyNames, references, optional members."""
+    schema = {"name": "zoo", "schema": Zoo.model_json_schema()}
+    messages = [{"role": "user", "content": "x"}]
+    for seed in range(4):
+        answer = tool.chat.completions.create(
+            model="any",
+            messages=messages,
+            seed=seed,
+            response_format={"type": "json_schema", "json_schema": schema},
+        )
+        assert isinstance(Zoo.model_validate_json(answer.choices[0].message.content), Zoo)
+    parsed = tool.chat.completions.parse(model="any", messages=messages, response_format=Cat)
+    assert isinstance(parsed.choices[0].message.parsed, Cat)
+    assert isinstance(tool.responses.parse(model="any", input="x", text_format=Dog).output_parsed, Dog)
+    options = {"tools": [openai.pydantic_function_tool(Cat)], "tool_choice": "required"}
+    with tool.chat.completions.stream(model="any", messages=messages, **options) as stream:
+        kinds = {event.type for event in stream}
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert "tool_calls.function.arguments.done" in kinds and isinstance(call.function.parsed_arguments, Cat)
+
+
 def test_json_object_and_grammars(story: openai.OpenAI) -> None:
     def ask(**form) -> tuple[str, str]:
         messages = [{"role": "user", "content": "Go"}]
@@ -216,6 +255,34 @@ def test_forced_tool_calls(tool: openai.OpenAI, choice: object) -> None:
     messages += [answer.message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
     after = tool.chat.completions.create(model="any", messages=messages, tools=[WEATHER], max_tokens=5)
     assert after.choices[0].message.role == "assistant"
+
+
+def test_allowed_tools(tool: openai.OpenAI) -> None:
+    other = {"type": "function", "function": {"name": "other", "parameters": NOTHING}}
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    options = {"tools": [other, WEATHER], "max_tokens": 300, "seed": 3}
+    messages = [{"role": "user", "content": "the weather?"}]
+    answer = tool.chat.completions.create(
+        model="any",
+        messages=messages,
+        tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+        **options,
+    )
+    assert answer.choices[0].message.tool_calls[0].function.name == "weather"
+    flat = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
+    tools = [{"type": "function", **t["function"]} for t in (other, WEATHER)]
+    response = tool.responses.create(
+        model="any", input="the weather?", tools=tools, tool_choice=flat, max_output_tokens=300
+    )
+    assert response.output[0].name == "weather"
+    allowed["tools"][0]["function"]["name"] = "nothing"
+    with pytest.raises(openai.BadRequestError, match="tool_choice"):
+        tool.chat.completions.create(
+            model="any",
+            messages=messages,
+            tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+            **options,
+        )
 
 
 def test_tools_need_a_template_that_knows_them(story: openai.OpenAI) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from halfbyte.formats.errors import UsageError
-from halfbyte.runtime.server.tools import FORMATS, CallParser, Format, format_of
+from halfbyte.runtime.chat import render
+from halfbyte.runtime.server.tools import FORMATS, CallParser, Format, format_of, with_tools
 
 GET = ("get", {"city": "Rome", "days": 2})
 ARGUMENTS = json.dumps(GET[1])
@@ -25,6 +26,7 @@ ANSWERS = {
         "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
     ],
     "gemma": ['<|tool_call>call:get{city:<|"|>Rome<|"|>,days:2}<tool_call|>'],
+    "functiongemma": ["<start_function_call>call:get{city:<escape>Rome<escape>,days:2}<end_function_call>"],
     "mistral": [
         f"[TOOL_CALLS] [{OBJECT}]",
         f"[TOOL_CALLS]get[ARGS]{ARGUMENTS}",
@@ -111,3 +113,20 @@ def test_formats_of_real_templates(shared_data: Path) -> None:
     assert {n: format_of((folder / f"{n}.jinja").read_text("utf-8")).name for n in known} == known
     with pytest.raises(UsageError, match="knows no tools"):
         format_of((folder / "google-gemma-2-2b-it.jinja").read_text("utf-8"))
+
+
+PHI_4 = (
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not"
+    " none %}{{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}"
+    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+)
+
+
+def test_phi_4_reads_tools_of_the_system_message() -> None:
+    assert format_of(PHI_4).name == "phi"
+    user = {"role": "user", "content": "x"}
+    tools = [{"type": "function", "function": {"name": "get"}}]
+    for system, text in (([], ""), ([{"role": "system", "content": "Be."}], "Be.")):
+        shown = render(PHI_4, with_tools([*system, user], tools, PHI_4), tools=tools)
+        assert shown == f'<|system|>{text}<|tool|>[{{"name": "get"}}]<|/tool|><|end|><|user|>x<|end|>'
+    assert with_tools([user], tools, "{{ tools }}") == [user] == with_tools([user], [], PHI_4)
