@@ -1,4 +1,4 @@
-"""What native/cross.py builds for WebAssembly, where Zig's compiler is in build/zig (`make cross`)."""
+"""What native/cross.py builds, where Zig's compiler is in build/zig (`make cross`)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ ZIG = ROOT / "build" / "zig"
 
 
 @cache
-def wasm() -> Path:
-    """The folder of generate.wasm and halfbyte.wasm, made of the sources as they are."""
+def cross(target: str, *options: str, what: tuple[str, ...] = ("halfbyte",)) -> Path:
+    """The folder of a target of native/cross.py, made of the sources as they are."""
     if not (ZIG / "ziglang").is_dir():
         pytest.skip("Zig's compiler is not in build/zig (make cross)")
     sys.path.append(str(ZIG))
     spec = importlib.util.spec_from_file_location("cross", ROOT / "native" / "cross.py")
     assert spec and spec.loader
-    cross = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cross)
-    folder: Path = cross.FOLDER / "wasm32-wasi"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder: Path = module.FOLDER / target
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of pytest-xdist share the folder
-        cross.build("wasm32-wasi", folder, "-DHALFBYTE_STATIC=ON", what=("generate", "web"))
+        module.build(target, folder, *options, what=what)
     return folder
+
+
+def wasm() -> Path:
+    """The folder of generate.wasm and halfbyte.wasm."""
+    return cross("wasm32-wasi", "-DHALFBYTE_STATIC=ON", what=("generate", "web"))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from crossed import ZIG, wasm
+from crossed import ZIG, cross, wasm
 from test_native_arm import QEMU, SYSROOT, arm  # noqa: F401
 
 import halfbyte
@@ -63,6 +63,16 @@ def test_the_library_for_aarch64_is_small(arm: Path, tmp_path: Path) -> None:  #
     strip = ["aarch64-linux-gnu-strip", "-o", library, arm / "lib" / "libhalfbyte.so"]
     subprocess.run(strip, check=True)
     print(f"\nAArch64: {library.stat().st_size} bytes")
+    assert 100_000 < library.stat().st_size <= LARGEST_LIBRARY
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("aarch64-linux-android", "libhalfbyte.so"), ("aarch64-macos", "libhalfbyte.dylib")]
+)
+def test_the_library_for_phones_is_small_and_links(target: str, name: str) -> None:
+    """Android's linker knows only the names that bionic has (native/cmake/bionic.txt)."""
+    library = cross(target) / name
+    print(f"\n{target}: {library.stat().st_size} bytes")
     assert 100_000 < library.stat().st_size <= LARGEST_LIBRARY
 
 
