@@ -63,6 +63,7 @@ def schema(rng: random.Random, depth: int = 0) -> Any:
         "prefixItems": several, "not": inner, "if": inner, "then": inner, "else": inner, "items": inner,
         "additionalProperties": inner, "unevaluatedProperties": inner, "unevaluatedItems": inner,
         "dependentRequired": lambda: {rng.choice(NAMES): names(0)}, "$ref": lambda: "#/$defs/x",
+        "uniqueItems": lambda: True,
         "dependentSchemas": lambda: {rng.choice(NAMES): inner()}, "contains": dict,
         "propertyNames": lambda: rng.choice((True, False, {"enum": ["a", "b"]}, {"maxLength": 1}, {"pattern": "^a"})),
     }  # fmt: skip
@@ -110,6 +111,10 @@ def test_random_schemas(demo: Model, guide: Guide, seed: int) -> None:
          [{}, {"a": 1, "b": 1}]),
         ({"$schema": "http://json-schema.org/draft-07/schema#", "$ref": "#/definitions/n", "type": "string",
           "definitions": {"n": {"type": "null"}}}, [None], ["x"]),
+        ({"type": "array", "items": {"$ref": "#/$defs/c"}, "uniqueItems": True, "minItems": 1, "maxItems": 2,
+          "$defs": {"c": {"type": "string", "enum": ["r", "g", "b"]}}}, [["g", "r"], ["b"]],
+         [[], ["r", "r"], ["r", "g", "b"], ["x"], "r"]),
+        ({"items": {"enum": [1, None, "x"]}, "uniqueItems": True}, [[None, 1], [], "y"], [[1, 1], [1, 1.0], [True]]),
         ({"type": "string", "format": "date"}, ["2024-02-29"], ["2023-02-29", "2100-02-29", "2024-04-31"]),
         ({"type": "string", "format": "time"}, ["01:29:60+01:30", "23:59:60Z"], ["01:29:60Z", "24:00:00Z"]),
         ({"type": "string", "format": "ipv6"}, ["::", "::ffff:1.2.3.4", "1::8"], [":", "1:2", "::1::", "::1.2.3.256"]),
