@@ -14,6 +14,7 @@ from typing import Any
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.json_formats import LENGTHS, PATTERNS
+from halfbyte.runtime.json_numbers import BOUNDS, bounds, check_bounds
 
 TYPES = ("object", "array", "string", "number", "boolean", "null")
 OLD = ("divisibleBy", "disallow", "extends")
@@ -55,6 +56,7 @@ def rewritten(schema: Any, one_of: bool = False) -> Any:
         raise UsageError("the JSON schema is nested too deeply") from None
     if found is False:
         raise UsageError("nothing matches the JSON schema")
+    check_bounds(found)
     return {} if found is True else found
 
 
@@ -85,7 +87,7 @@ class _Rewriter:
         self._open: list[str] = []  # references that are being followed
         self._seen = 0
         self._steps: tuple[Callable[[dict[str, Any]], None], ...] = (
-            _counts, _format, self._unevaluated_properties, self._unevaluated_items, _contains,
+            _counts, _format, bounds, self._unevaluated_properties, self._unevaluated_items, _contains,
             _property_names, self._dependencies, self._conditions, self._not, self._exactly_one, self._unique,
         )  # fmt: skip
 
@@ -305,9 +307,9 @@ class _Rewriter:
         return here
 
 
-_SAID_BY_OTHERS = {*COUNTS, "format", "unevaluatedProperties", "unevaluatedItems", "contains", "propertyNames", "not",
-                   "dependentRequired", "dependentSchemas", "dependencies", "if", "then", "else", "oneOf",
-                   "uniqueItems"}  # fmt: skip
+_SAID_BY_OTHERS = {*COUNTS, *BOUNDS, "format", "unevaluatedProperties", "unevaluatedItems", "contains",
+                   "propertyNames", "not", "dependentRequired", "dependentSchemas", "dependencies", "if", "then",
+                   "else", "oneOf", "uniqueItems"}  # fmt: skip
 _OPEN_OBJECT = ("additionalProperties", "unevaluatedProperties")
 _SOMETIMES = ("anyOf", "oneOf", "if", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _OPPOSITES: dict[str, Callable[[Any], Any]] = {
