@@ -96,6 +96,8 @@ def convert(
     goal.check()
     if (recipe is not None) + (plan is not None) + bool(goal) > 1:
         raise UsageError("choose one: a recipe, a plan, or a goal such as --target-bits")
+    if save_plan is not None and not Path(save_plan).parent.is_dir():  # said before anything is measured
+        raise UsageError(f"{save_plan}: No such file or directory")
     cap = allocate.parse_size(max_memory)
     if cap is not None and goal:
         raise UsageError(

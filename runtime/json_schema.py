@@ -14,6 +14,7 @@ from typing import Any
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.json_formats import LENGTHS, PATTERNS
+from halfbyte.runtime.json_numbers import BOUNDS, bounds, check_bounds
 
 TYPES = ("object", "array", "string", "number", "boolean", "null")
 OLD = ("divisibleBy", "disallow", "extends")
@@ -33,6 +34,7 @@ FORMATS = ("date-time", "time", "date", "duration", "email", "idn-email", "hostn
 
 _MAX_ONE_OF = 16  # branches; each is copied that often
 _MAX_SEEN = 100_000  # schemas
+_MAX_UNIQUE = 5  # values of a set, which has 326 orders of some of them
 _MAX_UNLIKE = 64  # characters of a text that is excluded
 
 
@@ -54,6 +56,7 @@ def rewritten(schema: Any, one_of: bool = False) -> Any:
         raise UsageError("the JSON schema is nested too deeply") from None
     if found is False:
         raise UsageError("nothing matches the JSON schema")
+    check_bounds(found)
     return {} if found is True else found
 
 
@@ -84,8 +87,8 @@ class _Rewriter:
         self._open: list[str] = []  # references that are being followed
         self._seen = 0
         self._steps: tuple[Callable[[dict[str, Any]], None], ...] = (
-            _counts, _format, self._unevaluated_properties, self._unevaluated_items, _contains,
-            _property_names, self._dependencies, self._conditions, self._not, self._exactly_one,
+            _counts, _format, bounds, self._unevaluated_properties, self._unevaluated_items, _contains,
+            _property_names, self._dependencies, self._conditions, self._not, self._exactly_one, self._unique,
         )  # fmt: skip
 
     def schema(self, given: Any) -> Any:
@@ -216,6 +219,34 @@ class _Rewriter:
         alone = [_all([b, *negated[:i], *negated[i + 1 :]]) for i, b in enumerate(branches)]
         _and(found, _any(alone))
 
+    def _unique(self, found: dict[str, Any]) -> None:
+        """Sets of a few values that are listed: they are listed themselves, in every order."""
+        items = found.get("items")
+        if found.get("uniqueItems") is not True or not isinstance(items, dict) or "prefixItems" in found:
+            return
+        if items.keys() == {"$ref"}:
+            name = items["$ref"]
+            items = self.schema(self._resolved(name))
+            self._open.remove(name)
+        values = items.get("enum")
+        if not isinstance(values, list) or not items.keys() <= {"enum", "type", "title", "description"}:
+            return
+        distinct = {(type(v) is bool, v): v for v in values if v is None or isinstance(v, (str, int, float))}
+        if (
+            len(distinct) < len(values)
+            or len(values) > _MAX_UNIQUE
+            or items.get("type", "string") != "string"
+        ):
+            return
+        if "type" in items and not all(isinstance(v, str) for v in values):
+            return
+        del found["uniqueItems"], found["items"]
+        least, most = found.pop("minItems", 0), found.pop("maxItems", len(values))
+        lengths = [n for n in range(len(values) + 1) if least <= n <= most]
+        arrays = [list(p) for n in lengths for p in itertools.permutations(values, n)]
+        others = {"type": [t for t in TYPES if t != "array"]}
+        _and(found, _any([others, {"enum": arrays} if arrays else False]))
+
     # ---- the opposite -------------------------------------------------------------------------------
 
     def _negated(self, schema: Any) -> Any:
@@ -276,9 +307,9 @@ class _Rewriter:
         return here
 
 
-_SAID_BY_OTHERS = {*COUNTS, "format", "unevaluatedProperties", "unevaluatedItems", "contains", "propertyNames", "not",
-                   "dependentRequired", "dependentSchemas", "dependencies", "if", "then", "else", "oneOf",
-                   "uniqueItems"}  # fmt: skip
+_SAID_BY_OTHERS = {*COUNTS, *BOUNDS, "format", "unevaluatedProperties", "unevaluatedItems", "contains",
+                   "propertyNames", "not", "dependentRequired", "dependentSchemas", "dependencies", "if", "then",
+                   "else", "oneOf", "uniqueItems"}  # fmt: skip
 _OPEN_OBJECT = ("additionalProperties", "unevaluatedProperties")
 _SOMETIMES = ("anyOf", "oneOf", "if", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _OPPOSITES: dict[str, Callable[[Any], Any]] = {

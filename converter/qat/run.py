@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,17 @@ def run(
         plan.method = meta["quantization.method"] = "qat"
         facts = {k: v for k, v in options.facts().items() if k != "recipe"}
         prove = prover(plan, checkpoint, proof, {"training": facts}, heldout=None, unused=False, save=None)
-        export(b, result, out, meta, json, template, weights, prove)
+        export(
+            b,
+            result,
+            out,
+            meta,
+            json,
+            template,
+            weights,
+            prove,
+            converter._extras(json, meta, template, note),
+        )
     kept.unlink(missing_ok=True)
     return {
         "step": result.step,
@@ -135,6 +146,7 @@ def export(
     template: str,
     weights: Weights,
     prove: Callable[[Path], bytes] | None = None,
+    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write a file with the codes, scales and vectors of a training as they are."""
     for i, values in result.vectors.items():
@@ -145,4 +157,6 @@ def export(
             sink(i, 0, planes)
         return set(result.planes)
 
-    assemble(b, out, meta, json, template, lambda name, count: None, weights, write, prove=prove)
+    assemble(
+        b, out, meta, json, template, lambda name, count: None, weights, write, prove=prove, extras=extras
+    )

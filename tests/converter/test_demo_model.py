@@ -6,9 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import halfbyte
+from halfbyte.converter import calibrate
 from halfbyte.converter.demo.stories import clean, first_sentence, is_whole, split_stories
+from halfbyte.formats.container import File
+from halfbyte.runtime.evaluate import measure
 
 FOLDER = Path(__file__).resolve().parents[2] / "runtime" / "demo_model"
+SHIPPED = FOLDER / "demo.hb"
 STORY = (
     "Once upon a time, there was a small boat. The boat was red and it had a white sail.\n"
     'One day, Tim saw the boat near the shore. "Can I come with you?" he asked. The boat said yes.\n'
@@ -55,12 +60,59 @@ def test_the_folder_is_small_and_complete() -> None:
     assert names == {
         "README.md",
         "config.json",
+        "demo.hb",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 4_000_000
+    sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    assert sizes.pop("demo.hb") <= 1_250_000 and sum(sizes.values()) <= 4_000_000
+
+
+# ---- the file in four bits ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The float model, and its four bits without training, by recipe or method."""
+    folder = tmp_path_factory.mktemp("untrained")
+    options = {"f32": {"recipe": "f32"}} | {m: {"recipe": "q4", "method": m} for m in ("rtn", "gptq")}
+    return {n: halfbyte.convert(FOLDER, folder / f"{n}.hb", proof=False, **o) for n, o in options.items()}
+
+
+def test_the_file_verifies_and_is_of_this_checkpoint(untrained: dict[str, Path]) -> None:
+    model = halfbyte.load(SHIPPED, backend="reference", verify=True)
+    other = halfbyte.load(untrained["gptq"], backend="reference")
+    facts, same = model.facts(), other.facts()
+    assert facts["quantization.method"] == "qat" and facts["bits_per_weight"] == same["bits_per_weight"]
+    assert File(SHIPPED).sections.keys() == {*File(untrained["gptq"]).sections, "PROF"}
+    assert [model.vocab_size, model.context_length] == [other.vocab_size, other.context_length]
+    assert [(t.name, t.encoding, t.shape) for t in File(SHIPPED).tensors] == [
+        (t.name, t.encoding, t.shape) for t in File(untrained["gptq"]).tensors
+    ]
+
+
+def test_the_file_runs_on_every_backend(backend: str) -> None:
+    """The same logits as the reference to rounding, and text."""
+    model, reference = (halfbyte.load(SHIPPED, backend=name, kv="f32") for name in (backend, "reference"))
+    ids = model.tokenizer.encode(STORY, special=False)[:48]
+    ours, expected = (m.session().feed_all(ids) for m in (model, reference))
+    # an activation may fall to another integer, as in test_qat.py
+    assert np.abs(ours - expected).max() < 2e-2 * np.abs(expected).max()
+    assert "".join(model.generate("Once upon a time", max_tokens=8, temperature=0.6, seed=1)).isascii()
+
+
+def test_the_file_is_closer_than_four_bits_without_training(untrained: dict[str, Path]) -> None:
+    """KL divergence from the float model on text that it writes itself; the training's had other seeds."""
+    parts = calibrate.own_text(untrained["f32"], 256, 16, seed=12345)
+    reference = halfbyte.load(untrained["f32"])
+    files = {"trained": SHIPPED, "rtn": untrained["rtn"], "gptq": untrained["gptq"]}
+    kl = {n: measure(halfbyte.load(p), parts, against=reference)["kld_mean"] for n, p in files.items()}
+    assert kl["trained"] < kl["gptq"] < kl["rtn"]
+
+
+# ---- the checkpoint -----------------------------------------------------------------------------
 
 
 def test_weights_match_the_config() -> None:

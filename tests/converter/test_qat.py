@@ -340,7 +340,7 @@ def test_command_trains_a_real_model(torch, shared_data: Path, tmp_path: Path, c
     found = json.loads(done.out)
     assert done.err == "" and len(found["curve"]) == 4 and found["measured"][-1][2] < found["measured"][0][2]
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("text.txt",)] == ["m.hb"]
-    assert File(out).metadata["quantization.method"] == "qat"
+    assert File(out).metadata["quantization.method"] == "qat" and File(out).sections["VOCB"][1]
     assert halfbyte.load(out).session().feed([1, 5, 9]).shape == (2048,)
 
 

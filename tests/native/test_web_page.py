@@ -45,8 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     for source in (*(ROOT / "native" / "examples" / "web").glob("*.[hj]*"), wasm() / "halfbyte.wasm"):
         shutil.copy(source, folder)
-    demo = ROOT / "runtime" / "demo_model"
-    halfbyte.convert(demo, folder / "model.hb", recipe="q4", method="rtn", proof=False)
+    shutil.copy(ROOT / "runtime" / "demo_model" / "demo.hb", folder / "model.hb")
     story = story_folder(folder / "story", template=TEMPLATE, context=4096)
     halfbyte.convert(story, folder / "chat.hb", recipe="q4", method="rtn", proof=False)
     return folder

@@ -270,10 +270,15 @@ def test_bench(file, capsys):
     assert nothing["prefill_tokens_per_s"] is None
 
 
-def test_demo_tells_a_story_and_names_commands_that_work(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("source", ("shipped", "shipped, copied", "converted"))
+def test_demo_tells_a_story_and_names_commands_that_work(source, folder, tmp_path, monkeypatch, capsys):
+    """The shipped file as it is, a copy of it, and another checkpoint, which is converted into the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
-    out = quiet(capsys, "demo", "--model", folder, *REFERENCE)
-    assert (tmp_path / "a cache" / "halfbyte" / "demo.hb").is_file()
+    cached, copied = tmp_path / "a cache" / "halfbyte" / "demo.hb", tmp_path / "a copy.hb"
+    options = {"shipped": (), "shipped, copied": ("--out", copied), "converted": ("--model", folder)}[source]
+    out = quiet(capsys, "demo", *options, *REFERENCE)
+    assert cached.is_file() == ("converted in" in out) == (source == "converted")
+    assert copied.is_file() == (source == "shipped, copied")
     assert "every byte verified" in out and "Once upon a time" in out
     import shlex
 
@@ -286,6 +291,21 @@ def test_demo_tells_a_story_and_names_commands_that_work(folder, tmp_path, monke
 def test_demo_without_its_model_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("halfbyte.runtime.cli.demo.built_in_model", lambda: tmp_path / "demo_model")
     assert "install halfbyte again" in fails(capsys, "demo", "--out", tmp_path / "m.hb")
+
+
+def test_demo_that_cannot_be_copied_says_so(tmp_path, capsys):
+    assert "cannot write" in fails(capsys, "demo", "--out", tmp_path / "nowhere" / "m.hb")
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_that_was_damaged_is_not_run(monkeypatch, tmp_path, capsys):
+    from halfbyte.runtime.cli import demo
+
+    damaged = bytearray((demo.built_in_model() / demo.FILE).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / demo.FILE).write_bytes(damaged)
+    monkeypatch.setattr(demo, "built_in_model", lambda: tmp_path)
+    fails(capsys, "demo", *REFERENCE)
 
 
 def test_doctor(monkeypatch, capsys):

@@ -166,7 +166,7 @@ def test_a_large_key_bias_is_refused_by_the_gate(tmp_path: Path) -> None:
         halfbyte.load(path, kv="tq3")
 
 
-@pytest.mark.parametrize("mode", ["f16", "k8v8", "tq3"])
+@pytest.mark.parametrize("mode", kv_modes.MODES)
 def test_a_long_life_holds_no_memory(wide: Path, mode: str) -> None:
     """Sessions opened, forked, rewound, saved and dropped again and again: the bytes held do not grow."""
     model = halfbyte.load(wide, kv=mode, threads=1)

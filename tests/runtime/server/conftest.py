@@ -14,7 +14,7 @@ from serving import Running
 from story import story_folder
 
 import halfbyte
-from halfbyte.runtime.cli.demo import built_in_model
+from halfbyte.runtime.cli.demo import FILE, built_in_model
 from halfbyte.runtime.model import Model
 from halfbyte.runtime.server import app, listen
 from halfbyte.runtime.server.engine import Engine
@@ -28,11 +28,9 @@ HERMES = (
 
 
 @pytest.fixture(scope="session")
-def demo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_path() -> Path:
     """The built-in story model, in four bits."""
-    return halfbyte.convert(
-        built_in_model(), tmp_path_factory.mktemp("serve") / "demo.hb", recipe="q4", method="rtn"
-    )
+    return built_in_model() / FILE
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import sys
 from pathlib import Path
@@ -63,6 +65,7 @@ def schema(rng: random.Random, depth: int = 0) -> Any:
         "prefixItems": several, "not": inner, "if": inner, "then": inner, "else": inner, "items": inner,
         "additionalProperties": inner, "unevaluatedProperties": inner, "unevaluatedItems": inner,
         "dependentRequired": lambda: {rng.choice(NAMES): names(0)}, "$ref": lambda: "#/$defs/x",
+        "uniqueItems": lambda: True,
         "dependentSchemas": lambda: {rng.choice(NAMES): inner()}, "contains": dict,
         "propertyNames": lambda: rng.choice((True, False, {"enum": ["a", "b"]}, {"maxLength": 1}, {"pattern": "^a"})),
     }  # fmt: skip
@@ -110,6 +113,11 @@ def test_random_schemas(demo: Model, guide: Guide, seed: int) -> None:
          [{}, {"a": 1, "b": 1}]),
         ({"$schema": "http://json-schema.org/draft-07/schema#", "$ref": "#/definitions/n", "type": "string",
           "definitions": {"n": {"type": "null"}}}, [None], ["x"]),
+        ({"type": "array", "items": {"$ref": "#/$defs/c"}, "uniqueItems": True, "minItems": 1, "maxItems": 2,
+          "$defs": {"c": {"type": "string", "enum": ["r", "g", "b"]}}}, [["g", "r"], ["b"]],
+         [[], ["r", "r"], ["r", "g", "b"], ["x"], "r"]),
+        ({"items": {"enum": [1, None, "x"]}, "uniqueItems": True}, [[None, 1], [], "y"], [[1, 1], [1, 1.0], [True]]),
+        ({"type": "number", "exclusiveMinimum": -1.25, "maximum": 0.256}, [0.2, 0.25, 0.256, -1.2, 0], [-1.25, 0.26]),
         ({"type": "string", "format": "date"}, ["2024-02-29"], ["2023-02-29", "2100-02-29", "2024-04-31"]),
         ({"type": "string", "format": "time"}, ["01:29:60+01:30", "23:59:60Z"], ["01:29:60Z", "24:00:00Z"]),
         ({"type": "string", "format": "ipv6"}, ["::", "::ffff:1.2.3.4", "1::8"], [":", "1:2", "::1::", "::1.2.3.256"]),
@@ -154,12 +162,47 @@ def test_hostile_schemas_end_in_one_line(guide: Guide) -> None:
     for hostile in [{"not": {"$ref": "#/$defs/39"}, "$defs": chain},
                     {"enum": ["x" * 10**5], "not": {"const": "y" * 10**4}},
                     {"unevaluatedProperties": False, "$ref": "#/$defs/39", "$defs": chain}, deep, {"not": {"enum": []}},
+                    {"exclusiveMinimum": 10**400, "maximum": 0.5}, {"minimum": -(10**400), "maximum": 1e-300},
+                    {"allOf": [{"$ref": "#/$defs/39"}, {"minimum": 0.5}] * 999, "$defs": chain},
                     {"allOf": [{}] * 10**5}, {"not": {"anyOf": [{"minimum": i} for i in range(10**4)]}}, *wrong,
                     *({"not": w} for w in wrong)]:  # fmt: skip
         try:
             guide.compile("json_schema", hostile)
         except UsageError as error:
             assert "\n" not in str(error)
+
+
+ENDS = (-10, -2.5, -2, -1.25, -1, -0.5, 0, 0.001, 0.25, 0.3, 1, 1.2, 1.25, 1.5, 2, 9.99, 10)
+
+
+def test_bounds_of_numbers(demo: Model, guide: Guide) -> None:
+    tried = refused = 0
+    for low, high in itertools.combinations(ENDS, 2):
+        for least, most in itertools.product(
+            ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+        ):
+            try:
+                grammar = guide.compile("json_schema", {"type": "number", least: low, most: high})
+            except UsageError as error:
+                assert "exclusive" in str(error)
+                refused += 1
+                continue
+            for number in sorted({*ENDS, -1.2, -1.1, 0.2, 0.1, 0.24, 0.26, 1.24, 1.4, 5, 9.9, 11, 0.0005}):
+                above = low < number or (low == number and least == "minimum")
+                below = number < high or (number == high and most == "maximum")
+                assert suite.accepts(demo, grammar, json.dumps(number)) == (above and below), (
+                    least,
+                    most,
+                    low,
+                    high,
+                    number,
+                )
+                tried += 1
+    assert tried > 5000 and 0 < refused < 60
+    apart = {"allOf": [{"$ref": "#/$defs/a"}, {"maximum": 0.5}], "$defs": {"a": {"exclusiveMinimum": 0}}}
+    with pytest.raises(UsageError, match="exclusiveMinimum"):
+        guide.compile("json_schema", apart)
+    guide.compile("json_schema", {"properties": {"a": {"exclusiveMinimum": 0}, "b": {"maximum": 0.5}}})
 
 
 def test_what_an_older_draft_means_is_not_guessed(guide: Guide) -> None:
