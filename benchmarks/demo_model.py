@@ -1,6 +1,6 @@
 """The demo model in four bits, trained: the file that `halfbyte demo` runs.
 
-    python -m halfbyte.converter.demo.four_bits --data DIR --out runtime/demo_model/demo.hb [--measure]
+    python benchmarks/demo_model.py --data DIR [--out FILE] [--measure]
 
 Trains on the real stories of DIR/text/tinystories.txt but for the last tenth (`stories.real_stories`), and on what the
 float model writes itself. Then that tenth, and text of the float model that nothing was trained on, measure the file
@@ -17,7 +17,7 @@ from typing import Any
 
 from halfbyte.converter.demo.stories import real_stories
 
-FOLDER = Path(__file__).resolve().parents[2] / "runtime" / "demo_model"
+FOLDER = Path(__file__).resolve().parents[1] / "runtime" / "demo_model"
 OWN_TEXT, UNSEEN, LENGTH = 192, 64, 512  # sequences trained on, sequences measured on, and their tokens
 UNSEEN_SEED = 999  # the training's own text has other seeds
 
