@@ -69,6 +69,19 @@ class FakeQuant(nn.Module):
     they are, or where they are not rounded to the given code at the nearest place inside its range (`MARGIN`).
     """
 
+    levels: Tensor
+    middles: Tensor
+    row: Tensor
+    unit: Tensor
+    shifted: Tensor
+    start: Tensor
+    weight: Tensor
+    frozen: Tensor
+    held: Tensor
+    turn: Tensor
+    often: Tensor
+    average: Tensor
+
     def __init__(
         self,
         weight: np.ndarray,

@@ -37,6 +37,8 @@ NOT_TRAINED = ("rope", "gather")  # ops whose vectors are not weights
 class Frozen(nn.Module):
     """A matrix that does not train: the teacher's, and codes that arrived quantised."""
 
+    values: Tensor
+
     def __init__(self, values: np.ndarray):
         super().__init__()
         self.register_buffer("values", torch.from_numpy(np.array(values, np.float32)), persistent=False)
@@ -192,13 +194,14 @@ class Graph(nn.Module):
         key = (inv_freq, x.shape[1], mscale)
         if key not in self._angles:
             angle = np.arange(x.shape[1])[:, None] * self.fixed[inv_freq].astype(np.float64)
-            cos, sin = ((f(angle) * mscale).astype(np.float32)[:, None] for f in (np.cos, np.sin))
-            self._angles[key] = torch.from_numpy(cos), torch.from_numpy(sin)
+            a, b = ((f(angle) * mscale).astype(np.float32)[:, None] for f in (np.cos, np.sin))
+            self._angles[key] = torch.from_numpy(a), torch.from_numpy(b)
         cos, sin = self._angles[key]
         n = cos.shape[-1]
         y = x.unflatten(-1, (-1, head_dim))
-        a, b, rest = y[..., :n], y[..., n : 2 * n], y[..., 2 * n :]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).flatten(-2)
+        first, second, rest = y[..., :n], y[..., n : 2 * n], y[..., 2 * n :]
+        turned = first * cos - second * sin, second * cos + first * sin
+        return torch.cat([*turned, rest], dim=-1).flatten(-2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: int, scale: float, softcap: float) -> Tensor:
         facts = self.caches[cache]

@@ -269,9 +269,9 @@ class Trainer:
             raise UsageError(f"{self.path} is damaged; delete it and start again") from None
 
 
-def _sizes(student: Graph) -> list[tuple[torch.nn.Parameter, float]]:
+def _sizes(student: Graph) -> list[tuple[Tensor, float]]:
     """Every parameter with the size of its values, which a step is a share of."""
-    out = []
+    out: list[tuple[Tensor, float]] = []
     for m in student.quantizers().values():
         rms = float(m.weight.detach().square().mean().sqrt())
         if m.rank:

@@ -77,7 +77,7 @@ def test_the_folder_is_small_and_complete() -> None:
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The float model, and its four bits without training, by recipe or method."""
     folder = tmp_path_factory.mktemp("untrained")
-    options = {"f32": {"recipe": "f32"}} | {m: {"recipe": "q4", "method": m} for m in ("rtn", "gptq")}
+    options = {"f32": {"recipe": "f32"}} | {m: {"recipe": "q4-", "method": m} for m in ("rtn", "gptq")}
     return {n: halfbyte.convert(FOLDER, folder / f"{n}.hb", proof=False, **o) for n, o in options.items()}
 
 

@@ -1,6 +1,6 @@
 """The demo model in four bits, trained: the file that `halfbyte demo` runs.
 
-    python -m halfbyte.converter.demo.four_bits --data DIR --out runtime/demo_model/demo.hb [--measure]
+    python benchmarks/demo_model.py --data DIR [--out FILE] [--measure]
 
 Trains on the real stories of DIR/text/tinystories.txt but for the last tenth (`stories.real_stories`), and on what the
 float model writes itself. Then that tenth, and text of the float model that nothing was trained on, measure the file
@@ -17,7 +17,7 @@ from typing import Any
 
 from halfbyte.converter.demo.stories import real_stories
 
-FOLDER = Path(__file__).resolve().parents[2] / "runtime" / "demo_model"
+FOLDER = Path(__file__).resolve().parents[1] / "runtime" / "demo_model"
 OWN_TEXT, UNSEEN, LENGTH = 192, 64, 512  # sequences trained on, sequences measured on, and their tokens
 UNSEEN_SEED = 999  # the training's own text has other seeds
 
@@ -33,7 +33,7 @@ def train(source: Path, out: Path, stories: list[str], steps: int, seed: int) ->
     if not text.exists() or text.read_text(encoding="utf-8") != lines:
         text.write_text(lines, encoding="utf-8")
     found = halfbyte.train_qat(
-        source, out, recipe="q4", text=[text], own_text=OWN_TEXT, steps=steps, batch=4, length=LENGTH, seed=seed,
+        source, out, recipe="q4-", text=[text], own_text=OWN_TEXT, steps=steps, batch=4, length=LENGTH, seed=seed,
         every=50, resume=out.with_name(f".{out.name}.qat").exists(),
         progress=lambda now, done, total: print(f"step {done} of {total}  {now}", flush=True),
     )  # fmt: skip
@@ -42,14 +42,14 @@ def train(source: Path, out: Path, stories: list[str], steps: int, seed: int) ->
 
 
 def measure(source: Path, trained: Path, stories: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(file, text, what `evaluate.measure` finds) of the trained file and of q4 without training, against floats."""
+    """(file, text, what `evaluate.measure` finds) of the trained file and of q4- without training, against floats."""
     import halfbyte
     from halfbyte.converter.calibrate import own_text
     from halfbyte.runtime.evaluate import measure
 
     with tempfile.TemporaryDirectory() as folder:
         paths = {"trained": trained}
-        for recipe, method in (("f32", None), ("q4", "gptq"), ("q4", "rtn")):
+        for recipe, method in (("f32", None), ("q4-", "gptq"), ("q4-", "rtn")):
             name = method or recipe
             paths[name] = Path(folder) / f"{name}.hb"
             options = {} if method is None else {"method": method}
