@@ -43,12 +43,6 @@ HB_INLINE __m256i hb_spread_32(const int8_t *p) {
     memcpy(&x, p, 4);
     return _mm256_set1_epi32(x);
 }
-/* The sum is wanted now: GCC would put all additions of an unrolled loop off and run out of registers. */
-HB_INLINE __m256i hb_add_now(__m256i sum, __m256i a) {
-    sum = _mm256_add_epi32(sum, a);
-    __asm__("" : "+x"(sum));
-    return sum;
-}
 HB_INLINE __m256i hb_dot_words(__m256i sum, __m256i codes, __m256i x, __m256i y) {
     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8);
     sum = hb_add_now(sum, _mm256_madd_epi16(even, x));

@@ -81,9 +81,15 @@ typedef struct {
 #define QUAD_DIRECT 2
 #define QUAD_FEW 8
 #define HB_DOT_8 hb_dot_8
+/* The sum is wanted now: GCC would put all additions of an unrolled loop off and run out of registers. */
+HB_INLINE __m256i hb_add_now(__m256i sum, __m256i a) {
+    sum = _mm256_add_epi32(sum, a);
+    __asm__("" : "+x"(sum));
+    return sum;
+}
 HB_INLINE __m256i hb_dot_8(__m256i sum, __m256i w, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return hb_add_now(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #endif
 
