@@ -276,12 +276,11 @@ class Cuda(Backend):
             j = torch.arange(first, end, device=self.device)
             i = torch.arange(start, end, device=self.device)[:, None]
             seen = (j <= i) & (j > i - window) if window else j <= i
-            if kv.modes[
-                cache
-            ].k.query_steps:  # queries of their own for the first page: columns beside the others
+            side = kv.modes[cache].k
+            if side.query_steps:  # the first page has queries of its own: columns beside the others
                 near = (j < PAGE)[:, None]
                 k = torch.cat([k * near, k * ~near], dim=2)
-                heads = torch.cat([heads, self._rounded(heads, kv.modes[cache].k)], dim=2)
+                heads = torch.cat([heads, self._rounded(heads, side)], dim=2)
             out.append(attend(heads, k, v, seen, scale, softcap).transpose(0, 1).reshape(z - a, -1))
         return torch.cat(out)
 
