@@ -78,7 +78,7 @@ typedef struct {
 #define QUAD_FLIP_UNSIGNED 0x80
 #define QUAD_OFFSET_UNSIGNED 128
 #define QUAD_WIDE 4
-#define QUAD_DIRECT 2
+#define QUAD_DIRECT 4
 #define QUAD_FEW 8
 #define HB_DOT_8 hb_dot_8
 /* The sum is wanted now: GCC would put all additions of an unrolled loop off and run out of registers. */
