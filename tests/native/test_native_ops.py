@@ -186,7 +186,7 @@ def rounding_of_packed(x, shape, scale, mode):
     return 2 * score + 2 * weight  # errors of a page's positions have either sign: far below 64 of them
 
 
-@pytest.mark.parametrize("mode", [*kv_modes.MODES, "k8vt1", "kt1v8"])
+@pytest.mark.parametrize("mode", [*kv_modes.MODES, "k8vt1", "kt1v8", "kq2v8", "kq4v8"])
 @pytest.mark.parametrize(
     ("shape", "heads"),
     [((2, 16, 16, 0), 2), ((2, 64, 64, 0), 8), ((1, 40, 24, 0), 5), ((3, 5, 7, 9), 3), ((1, 128, 96, 70), 7)],
@@ -241,7 +241,7 @@ def test_half_conversion_rounds_to_nearest_even(rig):
             assert np.array_equal(stored[0, 0].view(np.uint16), want[:256].view(np.uint16)), isa
 
 
-@pytest.mark.parametrize("mode", ["f16", "k8v8", "tq3"])
+@pytest.mark.parametrize("mode", ["f16", "k8v8", "tq3", "tq3-qjl"])
 @pytest.mark.parametrize(
     ("shape", "heads"), [((2, 32, 32, 0), 6), ((1, 24, 40, 1300), 4), ((4, 16, 16, 0), 4)]
 )
