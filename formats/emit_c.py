@@ -75,7 +75,8 @@ def _side(s: kv_modes.Side) -> str:
     """A row of HB_SIDE_TABLE, in the order of struct hb_side."""
     rule = ("", "amax", "rms").index(s.rule)
     factor = f"{np.float32(s.factor)!s}f" if s.factor else "0.0f"
-    return _braces([s.bits, rule, len(s.levels), factor, _braces(s.levels or [0])])
+    rest = f"{np.float32(s.rest)!s}f" if s.rest else "0.0f"
+    return _braces([s.bits, rule, len(s.levels), factor, rest, _braces(s.levels or [0])])
 
 
 # How an attribute is checked.
@@ -159,12 +160,14 @@ def _rules() -> str:
 SIDE_STRUCT = """\
 /* How keys or values are stored: a row of HB_SIDE_TABLE, by number HB_SIDE_*. rule 0 is floats; otherwise codes of
    `bits` bits, scaled by `factor` times the largest magnitude (1) or the root mean square (2). Without levels the
-   code is the level. */
+   code is the level. Where `rest` is not 0, keys have the signs of what the levels leave too: codes of HB_SIDE_T1 with
+   that factor. */
 typedef struct hb_side {
     uint8_t bits;
     uint8_t rule;
     uint8_t level_count;
     float factor;
+    float rest;
     int8_t levels[16];
 } hb_side;
 """
@@ -175,7 +178,7 @@ def _sides() -> str:
     return (
         f"#define HB_PAGE_POSITIONS {kv_modes.PAGE}\n#define HB_E5M3_BIAS {kv_modes.E5M3_BIAS}\n"
         f"#define HB_QUERY_STEPS {kv_modes.QUERY_STEPS}\n"
-        f"#define HB_SIGN_SEED {kv_modes.SIGN_SEED:#x}ull\n"
+        f"#define HB_SIGN_SEED {kv_modes.SIGN_SEED:#x}ull\n#define HB_REST_SEED {kv_modes.REST_SEED:#x}ull\n"
         f"#define HB_SIDE_COUNT {len(kv_modes.SIDES)}\n#define HB_SIDE_TABLE {_braces(map(_side, kv_modes.SIDES))}\n"
     )
 
@@ -237,7 +240,7 @@ def header() -> str:
         ),
         ENCODING_STRUCT,
         _encodings(),
-        _enum("HB_SIDE_", [(s.name, s.number, f"{s.bits} bits") for s in kv_modes.SIDES]),
+        _enum("HB_SIDE_", [(s.name, s.number, f"{s.bits + s.stages - 1} bits") for s in kv_modes.SIDES]),
         SIDE_STRUCT,
         _sides(),
         _enum("HB_TILE_", [(n, k, n) for k, n in tiles.TILE_NAMES.items()]),

@@ -7,13 +7,16 @@ scale byte and a code a column, after a rotation (SPEC.md section 10.5):
     y / scale
 
 `t1`..`t4` are the Lloyd-Max levels of a normal distribution (TurboQuant, arXiv 2504.19874, without its QJL stage)
-as 8-bit integers. A *mode* names the sides of keys and of values; modes below 8 bits keep the first page (64
-positions, the attention sinks) at 8.
+as 8-bit integers. `q2`..`q4`, of keys only, are TurboQuant's inner-product variant: the levels of one bit less, then
+the signs of what these leave after a second rotation, with a scale of their own. A *mode* names the sides of keys and
+of values; modes below 8 bits keep the first page (64 positions, the attention sinks) at 8.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -24,13 +27,15 @@ PAGE = 64  # positions of a page
 E5M3_BIAS = 24  # code 0 is 0, others are 2^((code >> 3) - 24) * (1 + (code & 7) / 8)
 QUERY_STEPS = 64  # see Side.query_steps
 SIGN_SEED = 0x68616C6662797465  # of the signs of the rotation
+REST_SEED = 0x726573696475616C  # of the second rotation
 
 
 @dataclass(frozen=True)
 class Side:
     """bits: of a code, or of a float; levels: of codes in ascending order, empty where the code is the level.
 
-    rule: what the scale follows, 'amax' or 'rms', times `factor`; '' for floats.
+    rule: what the scale follows, 'amax' or 'rms', times `factor`; '' for floats. rest: the factor for the signs of
+    what the levels leave, 0 where these are not stored.
     """
 
     name: str
@@ -39,6 +44,17 @@ class Side:
     levels: tuple[int, ...] = ()
     rule: str = ""
     factor: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def second(self) -> Side | None:
+        """The form of the signs of what the levels leave: `t1` with another scale."""
+        return replace(BY_SIDE["t1"], factor=self.rest) if self.rest else None
+
+    @property
+    def stages(self) -> int:
+        """Of what is stored for a key: 2 with `second`."""
+        return 2 if self.rest else 1
 
     @property
     def packed(self) -> bool:
@@ -58,19 +74,30 @@ def _lloyd_max(*positive: float) -> tuple[tuple[int, ...], str, float]:
     return (*(-c for c in reversed(half)), *half), "rms", top / 127
 
 
+_NORMAL = {
+    "1": _lloyd_max(0.79788),
+    "2": _lloyd_max(0.45278, 1.51042),
+    "3": _lloyd_max(0.24509, 0.75601, 1.34391, 2.15195),
+    "4": _lloyd_max(0.12840, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259),
+}
+_UNBIASED = math.sqrt(math.pi / 2) / 127  # E|x| of a normal x is sqrt(2 / pi) of its root mean square
+
 SIDES = (
     Side("f32", 0, 32),
     Side("f16", 1, 16),
     Side("8", 2, 8, (), "amax", 1 / 127),
     Side("4", 3, 4, tuple(range(-15, 16, 2)), "amax", 0.9 / 15),
-    Side("t1", 4, 1, *_lloyd_max(0.79788)),
-    Side("t2", 5, 2, *_lloyd_max(0.45278, 1.51042)),
-    Side("t3", 6, 3, *_lloyd_max(0.24509, 0.75601, 1.34391, 2.15195)),
-    Side("t4", 7, 4, *_lloyd_max(0.12840, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259)),
+    Side("t1", 4, 1, *_NORMAL["1"]),
+    Side("t2", 5, 2, *_NORMAL["2"]),
+    Side("t3", 6, 3, *_NORMAL["3"]),
+    Side("t4", 7, 4, *_NORMAL["4"]),
+    Side("q2", 8, 1, *_NORMAL["1"], _UNBIASED),
+    Side("q3", 9, 2, *_NORMAL["2"], _UNBIASED),
+    Side("q4", 10, 3, *_NORMAL["3"], _UNBIASED),
 )
 BY_SIDE = {s.name: s for s in SIDES}
 
-# mode -> (keys, values); `k<side>v<side>` names any other pair of packed sides
+# mode -> (keys, values); `k<side>v<side>` names any other pair of packed sides, `q?` for keys
 MODES: dict[str, tuple[str, str]] = {
     "f32": ("f32", "f32"),
     "f16": ("f16", "f16"),
@@ -80,6 +107,7 @@ MODES: dict[str, tuple[str, str]] = {
     "tq4": ("t4", "t4"),
     "tq3.5": ("t4", "t3"),
     "tq3": ("t3", "t3"),
+    "tq3-qjl": ("q3", "t3"),
     "tq2.5": ("t3", "t2"),
     "tq2": ("t2", "t2"),
 }
@@ -119,23 +147,21 @@ class Mode:
 
 def layout(
     sides: tuple[Side, Side], k_dim: int, v_dim: int
-) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
-    """Offsets and bytes of the four parts of a head in a page: keys, their scales, values, theirs.
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and bytes of the six parts of a head in a page: keys, their scales, values, theirs, signs, theirs.
 
-    Codes of keys are panels of 16 positions by columns (padded to 32), those of values panels of 16 columns by
-    the 64 positions; float parts have no scales.
+    Codes of keys and signs are panels of 16 positions by columns (padded to 32), those of values panels of 16 columns
+    by the 64 positions; float parts have no scales, and only sides `q?` have signs.
     """
     k, v = sides
     if k.packed:
-        parts = (
-            PAGE * align(k_dim, COLUMN_PAD) * k.bits // 8,
-            PAGE,
-            align(v_dim, PANEL) * PAGE * v.bits // 8,
-            PAGE,
-        )
+        columns = PAGE * align(k_dim, COLUMN_PAD) // 8  # bytes of a bit of keys
+        values = align(v_dim, PANEL) * PAGE * v.bits // 8
+        signs = (columns, PAGE) if k.rest else (0, 0)
+        parts = (columns * k.bits, PAGE, values, PAGE, *signs)
     else:
-        parts = (PAGE * k_dim * k.bits // 8, 0, PAGE * v_dim * v.bits // 8, 0)
-    return (0, parts[0], parts[0] + parts[1], parts[0] + parts[1] + parts[2]), parts
+        parts = (PAGE * k_dim * k.bits // 8, 0, PAGE * v_dim * v.bits // 8, 0, 0, 0)
+    return tuple(accumulate(parts, initial=0))[:-1], parts
 
 
 def mode(name: str) -> Mode:
@@ -143,11 +169,12 @@ def mode(name: str) -> Mode:
     pair = MODES.get(name)
     if pair is None and name.startswith("k") and "v" in name:
         k, v = name[1:].split("v", 1)
-        if all(s in BY_SIDE and BY_SIDE[s].packed for s in (k, v)):
+        if all(s in BY_SIDE and BY_SIDE[s].packed for s in (k, v)) and not BY_SIDE[v].rest:
             pair = k, v
     if pair is None:
         raise UsageError(
-            f"unknown kv mode {name!r}; there are {', '.join(MODES)}, and k?v? of 8, 4, t1, t2, t3, t4"
+            f"unknown kv mode {name!r}; there are {', '.join(MODES)}, and k?v? of 8, 4, t1, t2, t3, t4, with keys"
+            " also q2, q3, q4"
         )
     return Mode(name, BY_SIDE[pair[0]], BY_SIDE[pair[1]])
 
@@ -171,10 +198,10 @@ def by_cache(name: str, count: int) -> tuple[Mode, ...]:
     return tuple(modes)
 
 
-def signs(n: int) -> np.ndarray:
-    """float32[n] of +-1: bit i % 64 of number i / 64 of splitmix64 from SIGN_SEED says where -1 is."""
+def signs(n: int, seed: int = SIGN_SEED) -> np.ndarray:
+    """float32[n] of +-1: bit i % 64 of number i / 64 of splitmix64 from `seed` says where -1 is."""
     count = np.arange(1, -(-n // 64) + 1, dtype=np.uint64)
-    z = np.uint64(SIGN_SEED) + count * np.uint64(0x9E3779B97F4A7C15)
+    z = np.uint64(seed) + count * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))

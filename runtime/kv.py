@@ -120,14 +120,17 @@ class KV:
     def read(self, cache: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the keys and values of start <= p < end: [kv_heads, end - start, k_dim or v_dim].
 
-        Floats as stored, or float64 of packed modes.
+        Floats as stored, or float64 of packed modes. Keys of two stages have 2 * k_dim columns (`kv_page.decode`), of
+        which the first page has zeros in the second half.
         """
         parts = []
+        columns = self.modes[cache].k.stages * int(self.caches[cache]["k_dim"])
         for at in range(start // PAGE * PAGE, end, PAGE):
             page = self.pages[cache][at // PAGE]
             assert page is not None, (cache, at)
             a, z = max(start, at), min(end, at + PAGE)
-            parts.append([side[:, a - at : z - at] for side in page.read()])
+            k, v = (side[:, a - at : z - at] for side in page.read())
+            parts.append([np.pad(k, ((0, 0), (0, 0), (0, columns - k.shape[2]))), v])
         k, v = (np.concatenate(sides, axis=1) for sides in zip(*parts))
         return k, v
 

@@ -16,16 +16,20 @@ _ALIGN = 64  # bytes
 F32 = np.float32
 
 
-def rotate(x: np.ndarray) -> np.ndarray:
+def rotate(x: np.ndarray, seed: int = kv_modes.SIGN_SEED) -> np.ndarray:
     """float32[..., n] -> H(sign * x) / sqrt(run) over runs of columns, in float32 butterflies 1, 2, 4 ... apart."""
     n = x.shape[-1]
-    return _hadamard(x.astype(F32) * kv_modes.signs(n), kv_modes.run_of(n))
+    return _hadamard(x.astype(F32) * kv_modes.signs(n, seed), kv_modes.run_of(n))
 
 
-def unrotate(y: np.ndarray) -> np.ndarray:
+def unrotate(y: np.ndarray, seed: int = kv_modes.SIGN_SEED) -> np.ndarray:
     """The inverse of `rotate`, in float64."""
     n = y.shape[-1]
-    return _hadamard(y.astype(np.float64), kv_modes.run_of(n)) * kv_modes.signs(n)
+    return _hadamard(y.astype(np.float64), kv_modes.run_of(n)) * kv_modes.signs(n, seed)
+
+
+def _unrotate_twice(z: np.ndarray) -> np.ndarray:
+    return unrotate(unrotate(z, kv_modes.REST_SEED))
 
 
 def _hadamard(y: np.ndarray, run: int) -> np.ndarray:
@@ -70,20 +74,50 @@ def quantize(y: np.ndarray, side: Side) -> tuple[np.ndarray, np.ndarray]:
 
 
 def round_query(q: np.ndarray, side: Side) -> np.ndarray:
-    """What `attend` takes for float32 q[..., n] beside keys of this side, float64: rotated, rounded, and back."""
+    """What `attend` takes for float32 q[..., n] beside keys of this side, float64: rotated, rounded, and back.
+
+    Beside signs there is a second query after the first, which is rotated twice: [..., 2n].
+    """
     if not side.query_steps:
         return q.astype(np.float64)
     y = rotate(q)
+    first = unrotate(_round(y, side.query_steps))
+    if not side.second:
+        return first
+    second = _unrotate_twice(_round(rotate(y, kv_modes.REST_SEED), side.query_steps))
+    return np.concatenate([first, second], axis=-1)
+
+
+def _round(y: np.ndarray, steps: int) -> np.ndarray:
     top = np.abs(y).max(axis=-1, keepdims=True)
     live = (top > F32(1e-30)) & (top < np.inf)
-    inverse = np.where(live, F32(side.query_steps) / np.where(live, top, F32(1)), F32(0))
-    return unrotate(np.rint(y * inverse).astype(np.float64) * top / side.query_steps)
+    inverse = np.where(live, F32(steps) / np.where(live, top, F32(1)), F32(0))
+    return np.rint(y * inverse).astype(np.float64) * top / steps
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, side: Side) -> np.ndarray:
     """The rotated values of codes: level * scale, float32."""
     level = np.asarray(side.levels, F32)[codes] if side.levels else codes.view(np.int8).astype(F32)
     return level * kv_modes.e5m3_value(scales)[..., None]
+
+
+def encode(x: np.ndarray, side: Side) -> list[tuple[np.ndarray, np.ndarray]]:
+    """float32[..., n] -> (codes, scale bytes) of every stage of the side."""
+    y = rotate(x)
+    codes, scales = quantize(y, side)
+    if not side.second:
+        return [(codes, scales)]
+    with np.errstate(invalid="ignore"):
+        rest = y - dequantize(codes, scales, side)
+        return [(codes, scales), quantize(rotate(rest, kv_modes.REST_SEED), side.second)]
+
+
+def decode(stages: list[tuple[np.ndarray, np.ndarray]], side: Side) -> np.ndarray:
+    """What they mean: float64[..., n], or [..., 2n] of two stages, whose sum is the vector."""
+    first = unrotate(dequantize(*stages[0], side))
+    if not side.second:
+        return first
+    return np.concatenate([first, _unrotate_twice(dequantize(*stages[1], side.second))], axis=-1)
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -181,7 +215,7 @@ class FloatPage(Page):
 
 
 class PackedPage(Page):
-    """By head: codes of keys, their scales, codes of values, their scales (`kv_modes.layout`)."""
+    """By head: codes of keys, their scales, codes of values, their scales, signs, their scales (`kv_modes.layout`)."""
 
     __slots__ = ("parts", "sides")
 
@@ -192,36 +226,44 @@ class PackedPage(Page):
         by_head = self.bytes.reshape(heads, -1)
         self.parts = [by_head[:, a : a + n] for a, n in zip(offsets, sizes)]
 
-    def _codes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Codes of keys [heads, 64, k_dim padded to 32] and of values [heads, v_dim padded to 16, 64]."""
-        (k_side, v_side), kc, vc = self.sides, self.parts[0], self.parts[2]
-        k_cols = align(self.k_dim, COLUMN_PAD)
-        k = _unpack(kc.reshape(self.heads * PAGE // TILE, -1), k_side.bits, k_cols)
-        v = _unpack(vc.reshape(self.heads * align(self.v_dim, PANEL) // PANEL, -1), v_side.bits, PAGE)
-        return k.reshape(self.heads, PAGE, -1), v.reshape(self.heads, -1, PAGE)
+    def _planes(self) -> list[tuple[int, Side, int, int]]:
+        """(part, side, rows, columns) of the codes of keys, of values, and of signs."""
+        k, v = self.sides
+        k_cols, v_rows = align(self.k_dim, COLUMN_PAD), align(self.v_dim, PANEL)
+        planes = [(0, k, PAGE, k_cols), (2, v, v_rows, PAGE)]
+        return [*planes, (4, k.second, PAGE, k_cols)] if k.second else planes
 
-    def _store(self, k: np.ndarray, v: np.ndarray) -> None:
-        for codes, part, side in zip((k, v), (self.parts[0], self.parts[2]), self.sides):
-            part[:] = _pack(codes.reshape(-1, codes.shape[-1]), side.bits).reshape(self.heads, -1)
+    def _codes(self) -> list[np.ndarray]:
+        """Codes of keys [heads, 64, k_dim padded to 32], of values [heads, v_dim padded to 16, 64], and of signs."""
+        return [
+            _unpack(self.parts[i].reshape(self.heads * rows // PANEL, -1), side.bits, cols).reshape(
+                self.heads, rows, cols
+            )
+            for i, side, rows, cols in self._planes()
+        ]
+
+    def _store(self, codes: list[np.ndarray]) -> None:
+        for c, (i, side, _, cols) in zip(codes, self._planes()):
+            self.parts[i][:] = _pack(c.reshape(-1, cols), side.bits).reshape(self.heads, -1)
 
     def put(self, at: int, k: np.ndarray, v: np.ndarray) -> None:
         """Rotated and quantised, every head and position by itself."""
-        n = k.shape[1]
-        k_codes, v_codes = self._codes()
-        for x, side, scales in zip((k, v), self.sides, (self.parts[1], self.parts[3])):
-            codes, scales[:, at : at + n] = quantize(rotate(x), side)
-            if x is k:
-                k_codes[:, at : at + n, : self.k_dim] = codes.view(np.uint8)
+        stored, here = self._codes(), slice(at, at + k.shape[1])
+        (first, *signs), (values,) = (encode(x, side) for x, side in zip((k, v), self.sides))
+        for part, new in zip((0, 2, 4), (first, values, *signs)):
+            codes, self.parts[part + 1][:, here] = new
+            if part == 2:
+                stored[1][:, : self.v_dim, here] = codes.view(np.uint8).transpose(0, 2, 1)
             else:
-                v_codes[:, : self.v_dim, at : at + n] = codes.view(np.uint8).transpose(0, 2, 1)
-        self._store(k_codes, v_codes)
+                stored[part // 2][:, here, : self.k_dim] = codes.view(np.uint8)
+        self._store(stored)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rotated back, in float64."""
-        k, v = self._codes()
-        k = dequantize(k[:, :, : self.k_dim], self.parts[1], self.sides[0])
-        v = dequantize(v[:, : self.v_dim].transpose(0, 2, 1), self.parts[3], self.sides[1])
-        return unrotate(k), unrotate(v)
+        """Rotated back, in float64; keys of two stages are [heads, 64, 2 * k_dim], see `decode`."""
+        k, v, *signs = self._codes()
+        stages = [(c[:, :, : self.k_dim], self.parts[i]) for c, i in zip((k, *signs), (1, 5))]
+        values = v[:, : self.v_dim].transpose(0, 2, 1)
+        return decode(stages, self.sides[0]), decode([(values, self.parts[3])], self.sides[1])
 
     def like(self) -> Page:
         """An empty page of the same form."""
@@ -229,10 +271,14 @@ class PackedPage(Page):
 
     def clear(self, start: int) -> None:
         """Zero the positions from `start` on."""
-        k, v = self._codes()
-        k[:, start:], v[:, :, start:] = 0, 0
-        self._store(k, v)
-        self.parts[1][:, start:], self.parts[3][:, start:] = 0, 0
+        codes = self._codes()
+        for c, (i, *_) in zip(codes, self._planes()):
+            self.parts[i + 1][:, start:] = 0
+            if i == 2:
+                c[:, :, start:] = 0
+            else:
+                c[:, start:] = 0
+        self._store(codes)
 
 
 def new_page(mode: Mode, index: int, heads: int, k_dim: int, v_dim: int) -> Page:

@@ -41,11 +41,11 @@ def round_cache(x: Tensor, mode: Mode, values: bool) -> Tensor:
     return straight_through(x, torch.cat(parts, dim=2))
 
 
-def _stored(x: Tensor, side: Side) -> Tensor:
+def _stored(x: Tensor, side: Side, seed: int = kv_modes.SIGN_SEED) -> Tensor:
     if not side.packed:
         return x.half().float() if side.name == "f16" else x
     n = x.shape[-1]
-    signs = torch.from_numpy(kv_modes.signs(n))
+    signs = torch.from_numpy(kv_modes.signs(n, seed))
     y = hadamard(x * signs, kv_modes.run_of(n))
     size = y.abs().amax(dim=-1) if side.rule == "amax" else y.square().mean(dim=-1).sqrt()
     codes = kv_modes.e5m3(np.float32(side.factor) * size.numpy(), up=not side.levels)
@@ -56,7 +56,10 @@ def _stored(x: Tensor, side: Side) -> Tensor:
         u = levels[torch.bucketize(u, (levels[1:] + levels[:-1]) / 2)]
     else:
         u = torch.round(u).clamp(-127, 127)
-    return hadamard(u * scale, kv_modes.run_of(n)) * signs
+    near = u * scale
+    if side.second:
+        near += _stored(y - near, side.second, kv_modes.REST_SEED)
+    return hadamard(near, kv_modes.run_of(n)) * signs
 
 
 def hadamard(x: Tensor, run: int) -> Tensor:

@@ -172,16 +172,21 @@ enum {
     HB_SIDE_T2 = 5, /* 2 bits */
     HB_SIDE_T3 = 6, /* 3 bits */
     HB_SIDE_T4 = 7, /* 4 bits */
+    HB_SIDE_Q2 = 8, /* 2 bits */
+    HB_SIDE_Q3 = 9, /* 3 bits */
+    HB_SIDE_Q4 = 10, /* 4 bits */
 };
 
 /* How keys or values are stored: a row of HB_SIDE_TABLE, by number HB_SIDE_*. rule 0 is floats; otherwise codes of
    `bits` bits, scaled by `factor` times the largest magnitude (1) or the root mean square (2). Without levels the
-   code is the level. */
+   code is the level. Where `rest` is not 0, keys have the signs of what the levels leave too: codes of HB_SIDE_T1 with
+   that factor. */
 typedef struct hb_side {
     uint8_t bits;
     uint8_t rule;
     uint8_t level_count;
     float factor;
+    float rest;
     int8_t levels[16];
 } hb_side;
 
@@ -189,8 +194,9 @@ typedef struct hb_side {
 #define HB_E5M3_BIAS 24
 #define HB_QUERY_STEPS 64
 #define HB_SIGN_SEED 0x68616c6662797465ull
-#define HB_SIDE_COUNT 8
-#define HB_SIDE_TABLE {{32, 0, 0, 0.0f, {0}}, {16, 0, 0, 0.0f, {0}}, {8, 1, 0, 0.007874016f, {0}}, {4, 1, 16, 0.06f, {-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15}}, {1, 2, 2, 0.0062825195f, {-127, 127}}, {2, 2, 4, 0.011893071f, {-127, -38, 38, 127}}, {3, 2, 8, 0.016944489f, {-127, -79, -45, -14, 14, 45, 79, 127}}, {4, 2, 16, 0.021516457f, {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127}}}
+#define HB_REST_SEED 0x726573696475616cull
+#define HB_SIDE_COUNT 11
+#define HB_SIDE_TABLE {{32, 0, 0, 0.0f, 0.0f, {0}}, {16, 0, 0, 0.0f, 0.0f, {0}}, {8, 1, 0, 0.007874016f, 0.0f, {0}}, {4, 1, 16, 0.06f, 0.0f, {-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15}}, {1, 2, 2, 0.0062825195f, 0.0f, {-127, 127}}, {2, 2, 4, 0.011893071f, 0.0f, {-127, -38, 38, 127}}, {3, 2, 8, 0.016944489f, 0.0f, {-127, -79, -45, -14, 14, 45, 79, 127}}, {4, 2, 16, 0.021516457f, 0.0f, {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127}}, {1, 2, 2, 0.0062825195f, 0.009868615f, {-127, 127}}, {2, 2, 4, 0.011893071f, 0.009868615f, {-127, -38, 38, 127}}, {3, 2, 8, 0.016944489f, 0.009868615f, {-127, -79, -45, -14, 14, 45, 79, 127}}}
 
 enum {
     HB_TILE_ROWS = 0, /* rows */
@@ -313,8 +319,8 @@ typedef struct hb_mode_rule {
 #define HB_OP_TABLE {{"embed", 1, 1, 0, 1, 1, 0, {0}, 0}, {"pick", 2, 1, 1, 0, 0, 0, {0}, 0}, {"rmsnorm", 3, 1, 1, 0, 1, 2, {1, 0}, 1}, {"layernorm", 4, 1, 1, 0, 3, 2, {1, 0}, 1}, {"linear", 5, 1, 1, 1, 3, 0, {0}, 0}, {"add", 6, 1, 2, 0, 0, 1, {1}, 1}, {"mul", 7, 1, 2, 0, 0, 0, {0}, 1}, {"unary", 8, 1, 1, 0, 0, 2, {2, 1}, 1}, {"glu", 9, 1, 1, 0, 0, 1, {2}, 0}, {"rope", 10, 1, 1, 1, 1, 2, {0, 1}, 1}, {"kv_put", 11, 0, 2, 0, 0, 1, {0}, 0}, {"attend", 12, 1, 1, 0, 0, 3, {0, 1, 1}, 0}, {"gather", 13, 1, 1, 1, 1, 0, {0}, 0}, {"hadamard", 14, 1, 1, 0, 0, 1, {0}, 1}}
 #define HB_SECTION_TABLE {{"META", 1}, {"TOKN", 0}, {"TMPL", 0}, {"SLOT", 1}, {"KVCA", 1}, {"PROG", 1}, {"TENS", 1}, {"DATA", 1}, {"PROF", 0}, {"KVMD", 0}, {"VOCB", 0}, {"CHAT", 0}}
 #define HB_KEY_TABLE {{"general.name", 4, 0}, {"general.model_type", 4, 0}, {"general.source_format", 4, 0}, {"general.source_digest", 4, 0}, {"general.tool_version", 4, 0}, {"general.recipe", 4, 0}, {"general.parameters", 2, 0}, {"model.vocab_size", 2, 1}, {"model.context_length", 2, 1}, {"model.layers", 2, 0}, {"model.hidden_size", 2, 0}, {"tokenizer.bos_id", 2, 0}, {"tokenizer.eos_ids", 6, 0}, {"tokenizer.add_bos", 1, 0}, {"generation.temperature", 3, 0}, {"generation.top_k", 2, 0}, {"generation.top_p", 3, 0}}
-#define HB_MODE_TABLE {{"f32", 0, 0}, {"f16", 1, 1}, {"k8v8", 2, 2}, {"k8v4", 2, 3}, {"k4v4", 3, 3}, {"tq4", 7, 7}, {"tq3.5", 7, 6}, {"tq3", 6, 6}, {"tq2.5", 6, 5}, {"tq2", 5, 5}}
-#define HB_SIDE_NAME_TABLE {"f32", "f16", "8", "4", "t1", "t2", "t3", "t4"}
+#define HB_MODE_TABLE {{"f32", 0, 0}, {"f16", 1, 1}, {"k8v8", 2, 2}, {"k8v4", 2, 3}, {"k4v4", 3, 3}, {"tq4", 7, 7}, {"tq3.5", 7, 6}, {"tq3", 6, 6}, {"tq3-qjl", 9, 6}, {"tq2.5", 6, 5}, {"tq2", 5, 5}}
+#define HB_SIDE_NAME_TABLE {"f32", "f16", "8", "4", "t1", "t2", "t3", "t4", "q2", "q3", "q4"}
 #define HB_MAX_SECTIONS 64
 #define HB_MAX_DIMENSION 268435456
 #define HB_MAX_WIDTH 4194304

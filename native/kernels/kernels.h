@@ -81,19 +81,22 @@ typedef struct hb_linear {
 } hb_linear;
 
 /* Where the parts of a head of keys and values lie in a page (formats/kv_modes.py). `packed`: codes, each
- * part with a scale byte a position; otherwise floats of one type. */
+ * part with a scale byte a position; otherwise floats of one type. `signs` only where k->rest. */
 typedef struct hb_page {
     const hb_side *k, *v;
     bool packed;
-    size_t k_scales, values, v_scales, head_bytes;
+    size_t k_scales, values, v_scales, signs, sign_scales, head_bytes;
 } hb_page;
 
 static const hb_side hb_sides[HB_SIDE_COUNT] = HB_SIDE_TABLE;
 
-/* Whether a word of an hb_kv is one: packed forms, or the same float twice. */
+/* Whether a word of an hb_kv is one: packed forms, or the same float twice; signs only of keys after the
+ * first page. */
 static inline bool hb_page_word_is_valid(uint32_t word) {
     for (uint32_t w = word, i = 0; i < 4; i++, w >>= 8)
-        if ((w & 255) >= HB_SIDE_COUNT || !hb_sides[w & 255].rule != !hb_sides[word & 255].rule) return false;
+        if ((w & 255) >= HB_SIDE_COUNT || !hb_sides[w & 255].rule != !hb_sides[word & 255].rule ||
+            (i && hb_sides[w & 255].rest > 0))
+            return false;
     return hb_sides[word & 255].rule || word == (word & 255) * 0x01010101u;
 }
 
@@ -106,7 +109,9 @@ static inline hb_page hb_page_of(uint32_t word, uint32_t index, uint32_t k_dim, 
     p.k_scales = (size_t)HB_PAGE * k_cols * p.k->bits / 8;
     p.values = p.k_scales + (p.packed ? HB_PAGE : 0);
     p.v_scales = p.values + (size_t)HB_PAGE * v_cols * p.v->bits / 8;
-    p.head_bytes = p.v_scales + (p.packed ? HB_PAGE : 0);
+    p.signs = p.v_scales + (p.packed ? HB_PAGE : 0);
+    p.sign_scales = p.signs + (p.k->rest > 0 ? (size_t)HB_PAGE * k_cols / 8 : 0);
+    p.head_bytes = p.sign_scales + (p.k->rest > 0 ? HB_PAGE : 0);
     return p;
 }
 
@@ -172,7 +177,7 @@ static inline size_t hb_attend_scratch(uint32_t share, uint32_t kv_heads, uint32
     const size_t k_cols = (k_dim + 31u) / 32u * 32u;
     const size_t floats = n * (HB_PAGE + 2 * stride + k_dim) + 4 * (n + 16) + HB_PAGE * (stride + k_dim);
     const size_t packed =
-        2 * n * (2 * k_cols + HB_PAGE) + 10 * n * sizeof(float) + HB_PAGE * (k_cols + stride);
+        2 * n * (2 * k_cols + HB_PAGE) + 11 * n * sizeof(float) + HB_PAGE * (k_cols + stride);
     return floats * sizeof(float) + packed + 64;
 }
 

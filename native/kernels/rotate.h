@@ -68,9 +68,9 @@ HB_OUTLINE void hadamard_runs(float *y, uint32_t width, uint32_t dim) {
 }
 
 /* Bit i % 64 of number i / 64 of splitmix64 says whether column i changes its sign. */
-HB_OUTLINE void flip_signs(float *y, uint32_t n) {
+HB_OUTLINE void flip_signs(float *y, uint32_t n, uint64_t seed) {
     for (uint32_t i = 0; i < n; i += 64) {
-        uint64_t z = HB_SIGN_SEED + (i / 64 + 1) * 0x9e3779b97f4a7c15ull;
+        uint64_t z = seed + (i / 64 + 1) * 0x9e3779b97f4a7c15ull;
         z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
         z = (z ^ z >> 27) * 0x94d049bb133111ebull;
         z ^= z >> 31;
@@ -88,13 +88,13 @@ HB_OUTLINE void flip_signs(float *y, uint32_t n) {
     }
 }
 
-HB_INLINE void rotate(float *y, uint32_t n) {
-    flip_signs(y, n);
+HB_INLINE void rotate(float *y, uint32_t n, uint64_t seed) {
+    flip_signs(y, n, seed);
     hadamard_runs(y, n, n & (0 - n));
 }
 HB_INLINE void unrotate(float *y, uint32_t n) {
     hadamard_runs(y, n, n & (0 - n));
-    flip_signs(y, n);
+    flip_signs(y, n, HB_SIGN_SEED);
 }
 
 /* The values of scale bytes. */

@@ -26,7 +26,7 @@ static uint32_t mode_word(const char *name, size_t bytes) {
     if (k < 0 && at)
         k = find_side(name + 1, (size_t)(at - name) - 1),
         v = find_side(at + 1, bytes - (size_t)(at - name) - 1);
-    if (k < 0 || v < 0) return UINT32_MAX;
+    if (k < 0 || v < 0 || hb_sides[v].rest > 0) return UINT32_MAX;
     const uint32_t sides = (uint32_t)k | (uint32_t)v << 8;
     const uint32_t first = hb_sides[k].rule ? HB_SIDE_8 | HB_SIDE_8 << 8 : sides;
     return sides | first << 16;

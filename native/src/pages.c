@@ -129,6 +129,9 @@ void hb_clear_positions(const hb_cache *c, uint32_t word, uint32_t index, uint32
                 for (uint32_t r = 0; r < v_rows; r++)
                     clear_code(p + kind.values, kind.v->bits, HB_PAGE, r, at);
                 p[kind.k_scales + at] = p[kind.v_scales + at] = 0;
+                if (!(kind.k->rest > 0)) continue;
+                for (uint32_t k = 0; k < k_cols; k++) clear_code(p + kind.signs, 1, k_cols, at, k);
+                p[kind.sign_scales + at] = 0;
                 continue;
             }
             const size_t size = kind.k->bits / 8; /* keys [4][k_dim][16], values [64][v_dim] */

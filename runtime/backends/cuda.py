@@ -264,7 +264,7 @@ class Cuda(Backend):
 
     def op_attend(self, step: Step, q: Tensor, cache: int, scale: float, softcap: float) -> Tensor:
         """softmax(cap(scale * q @ K^T)) @ V over the row's window."""
-        window, out = int(self.file.caches[cache]["window"]), []
+        k_dim, window, out = *(int(self.file.caches[cache][f]) for f in ("k_dim", "window")), list[Tensor]()
         for session, a, z, start in spans(step):
             kv, end = step.kvs[session], start + z - a
             first = max(0, start + 1 - window) if window else 0
@@ -272,14 +272,14 @@ class Cuda(Backend):
                 k, v = kv.tensors(cache, first, end)
             else:
                 k, v = (self._to_device(x.astype(np.float32)) for x in kv.read(cache, first, end))
-            heads = q[a:z].reshape(z - a, -1, k.shape[2]).transpose(0, 1)  # [heads, rows, k_dim]
+            heads = q[a:z].reshape(z - a, -1, k_dim).transpose(0, 1)  # [heads, rows, k_dim]
             j = torch.arange(first, end, device=self.device)
             i = torch.arange(start, end, device=self.device)[:, None]
             seen = (j <= i) & (j > i - window) if window else j <= i
             side = kv.modes[cache].k
             if side.query_steps:  # the first page has queries of its own: columns beside the others
                 near = (j < PAGE)[:, None]
-                k = torch.cat([k * near, k * ~near], dim=2)
+                k = torch.cat([k[:, :, :k_dim] * near, k * ~near], dim=2)
                 heads = torch.cat([heads, self._rounded(heads, side)], dim=2)
             out.append(attend(heads, k, v, seen, scale, softcap).transpose(0, 1).reshape(z - a, -1))
         return torch.cat(out)

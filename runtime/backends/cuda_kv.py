@@ -10,21 +10,24 @@ import torch
 from halfbyte.formats import kv_modes
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.kv import KV
-from halfbyte.runtime.kv_page import dequantize, quantize, rotate, unrotate
+from halfbyte.runtime.kv_page import decode, encode
 
 
 class DeviceKV(KV):
     """The caches of one session as float32 [kv_heads, capacity, dim], each value rounded as its mode stores it.
 
-    Packed modes go through the law of `kv_page` on the host: right, and slow. Windows keep all their positions.
+    Keys of two stages have 2 * k_dim columns, as `KV.read` gives them. Packed modes go through the law of `kv_page` on the host: right, and slow. Windows keep all their positions.
     """
 
     def __init__(self, caches: np.ndarray, mode: str, device: torch.device):
         self.caches, self.mode, self.device = caches, mode, device
         self.modes = kv_modes.by_cache(mode, len(caches))
         self.held = [
-            [torch.zeros(int(c["kv_heads"]), 0, int(c[d]), device=device) for d in ("k_dim", "v_dim")]
-            for c in caches
+            [
+                torch.zeros(int(c["kv_heads"]), 0, stages * int(c[d]), device=device)
+                for d, stages in (("k_dim", mode.k.stages), ("v_dim", 1))
+            ]
+            for c, mode in zip(caches, self.modes)
         ]
 
     def __getattr__(self, name: str) -> Any:
@@ -62,6 +65,7 @@ class DeviceKV(KV):
                 split = max(0, min(kv_modes.PAGE - start, x.shape[1]))  # the first page has a form of its own
                 host = x.cpu().numpy()
                 parts = [_rounded(host[:, :split], first), _rounded(host[:, split:], own)]
+                parts = [np.pad(p, ((0, 0), (0, 0), (0, held.shape[2] - p.shape[2]))) for p in parts]
                 x = torch.from_numpy(np.concatenate(parts, axis=1)).to(self.device)
             elif own.bits == 16:
                 x = x.half().float()
@@ -82,4 +86,4 @@ def _rounded(x: np.ndarray, side: kv_modes.Side) -> np.ndarray:
     """What a page of this side gives back for float32 x [heads, n, dim]."""
     if not x.size:
         return x
-    return unrotate(dequantize(*quantize(rotate(x), side), side)).astype(np.float32)
+    return decode(encode(x, side), side).astype(np.float32)

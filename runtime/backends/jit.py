@@ -376,7 +376,8 @@ class Jit(Backend):
         longest = int(positions.max()) + 1 if len(positions) else 0
         row = tiles.align(longest, PAGE) + PAGE
         shares, k_dim, v_dim = (int(table[tasks, i].max()) for i in (w.HALF, w.K_DIM, w.V_DIM))
-        size = shares * (row + 2 * k_dim) + (PAGE + 1) * (k_dim + v_dim) + 64
+        keys = k_dim * max(m.k.stages for m in step.kvs[0].modes)
+        size = shares * (row + k_dim + keys) + (PAGE + 1) * (keys + v_dim) + 64
         table[tasks, w.KERNEL] = self._kernels[kind]
         table[tasks, w.KV] = _address(self._kv) + caches * self._kv.strides[0]
         table[tasks, w.POSITIONS], table[tasks, w.SESSIONS] = _address(positions), _address(sessions)

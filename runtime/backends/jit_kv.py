@@ -19,15 +19,16 @@ from halfbyte.runtime.backends.jit_kernels import kernel
 from halfbyte.runtime.kv_page import TILE
 
 F32 = numba.float32
-_SEED, _STEP = np.uint64(kv_modes.SIGN_SEED), np.uint64(0x9E3779B97F4A7C15)
+SEED, REST_SEED = np.uint64(kv_modes.SIGN_SEED), np.uint64(kv_modes.REST_SEED)
+_STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2, _ONE = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(1)
 _BASE = (127 - kv_modes.E5M3_BIAS) << 3
 
 
 @numba.njit
-def _flip_signs(y, n):
+def _flip_signs(y, n, seed):
     for i in range(0, n, 64):
-        z = _SEED + numba.uint64(i // 64 + 1) * _STEP
+        z = seed + numba.uint64(i // 64 + 1) * _STEP
         z = (z ^ (z >> numba.uint64(30))) * _MIX1
         z = (z ^ (z >> numba.uint64(27))) * _MIX2
         z = z ^ (z >> numba.uint64(31))
@@ -51,9 +52,9 @@ def _hadamard(y, n):
 
 
 @numba.njit
-def rotate(y, n):
+def rotate(y, n, seed):
     """In place; see `kv_page.rotate`."""
-    _flip_signs(y, n)
+    _flip_signs(y, n, seed)
     _hadamard(y, n)
 
 
@@ -61,7 +62,7 @@ def rotate(y, n):
 def unrotate(y, n):
     """The inverse, in place."""
     _hadamard(y, n)
-    _flip_signs(y, n)
+    _flip_signs(y, n, SEED)
 
 
 @numba.njit
@@ -169,6 +170,26 @@ def _quantizer(side: Side, keys: bool) -> Any:
     return quantize
 
 
+def _rest(side: Side) -> Any:
+    """A function that leaves of n rotated values, whose scale byte is `code`, what their levels leave."""
+    levels = np.asarray(side.levels or (0, 0), np.float32)
+    low = float(levels[0])
+    steps = tuple((float(m), float(d)) for m, d in zip((levels[1:] + levels[:-1]) / 2, np.diff(levels)))
+
+    @numba.njit
+    def rest(y, n, code):
+        value = _scale_value(code)
+        inverse = F32(1.0) / value if code > 0 else F32(0.0)
+        for i in range(n):
+            u, level = F32(y[i] * inverse), F32(low)
+            for between, step in steps:
+                if u > F32(between):
+                    level += F32(step)
+            y[i] = y[i] - level * value  # a product of 7 and 4 bits is exact
+
+    return rest
+
+
 def _level_table(side: Side) -> tuple[float, ...]:
     """The level of every code."""
     if side.levels:
@@ -177,12 +198,15 @@ def _level_table(side: Side) -> tuple[float, ...]:
 
 
 def _reader(side: Side, keys: bool) -> Any:
-    """A function that turns the codes of a page's head into rotated floats: keys [4][n][16] or values [64][n]."""
+    """A function that turns the codes of a page's head into rotated floats.
+
+    Keys are columns from <= c < from + n of [4][wide][16], values [64][n].
+    """
     bits, table = side.bits, _level_table(side)
     _, get_code = _code_access(bits)
 
     @numba.njit
-    def read(codes, scales, n, tiles, out):
+    def read(codes, scales, n, tiles, out, start, wide):
         levels, s = table, u8_at(scales)
         if keys:
             cols = (n + 31) // 32 * 32
@@ -191,7 +215,7 @@ def _reader(side: Side, keys: bool) -> Any:
                 for c in range(n):
                     for r in range(16):
                         level = F32(levels[get_code(panel, cols, r, c)])
-                        out[(tile * n + c) * 16 + r] = level * _scale_value(s[tile * 16 + r])
+                        out[(tile * wide + start + c) * 16 + r] = level * _scale_value(s[tile * 16 + r])
         else:
             for c in range(n):
                 panel = codes + c // 16 * 2 * PAGE * bits
@@ -202,15 +226,17 @@ def _reader(side: Side, keys: bool) -> Any:
 
 
 def _offsets(k: Side, v: Side) -> Any:
-    """A function of (k_dim, v_dim): where the scales of keys, values and their scales start, and a head's bytes."""
-    k_bits, v_bits = k.bits, v.bits
+    """A function of (k_dim, v_dim): where all parts but the first start (`kv_modes.layout`), and a head's bytes."""
+    k_bits, v_bits, signs_too = k.bits, v.bits, bool(k.rest)
 
     @numba.njit
     def offsets(k_dim, v_dim):
-        k_scales = PAGE * ((k_dim + 31) // 32 * 32) * k_bits // 8
-        values = k_scales + PAGE
+        columns = PAGE * ((k_dim + 31) // 32 * 32) // 8
+        values = columns * k_bits + PAGE
         v_scales = values + PAGE * ((v_dim + 15) // 16 * 16) * v_bits // 8
-        return k_scales, values, v_scales, v_scales + PAGE
+        signs = v_scales + PAGE
+        size = signs + columns + PAGE if signs_too else signs
+        return columns * k_bits, values, v_scales, signs, signs + columns, size
 
     return offsets
 
@@ -218,8 +244,12 @@ def _offsets(k: Side, v: Side) -> Any:
 def page_readers(k: str, v: str) -> tuple[Any, Any]:
     """Functions that unpack the first `tiles` * 16 positions of head h of page number `index`, rotated.
 
-    The first gives keys [4][k_dim][16], the second values [64][v_dim].
+    The first gives keys [4][wide][16], wide = k_dim, or of pages with signs those beside it: 2 * k_dim. The second
+    gives values [64][v_dim].
     """
+    second = BY_SIDE[k].second
+    signs = _reader(second or BY_SIDE["t1"], True)
+    two = second is not None
     eight = BY_SIDE["8"]
     at0, at1 = _offsets(eight, eight), _offsets(BY_SIDE[k], BY_SIDE[v])
     k0, k1, v0, v1 = (
@@ -233,19 +263,22 @@ def page_readers(k: str, v: str) -> tuple[Any, Any]:
     def read_keys(page, index, h, k_dim, v_dim, tiles, out):
         if index == 0:
             at = at0(k_dim, v_dim)
-            k0(page + h * at[3], page + h * at[3] + at[0], k_dim, tiles, out)
+            k0(page + h * at[5], page + h * at[5] + at[0], k_dim, tiles, out, 0, k_dim)
         else:
             at = at1(k_dim, v_dim)
-            k1(page + h * at[3], page + h * at[3] + at[0], k_dim, tiles, out)
+            head, wide = page + h * at[5], 2 * k_dim if two else k_dim
+            k1(head, head + at[0], k_dim, tiles, out, 0, wide)
+            if two:
+                signs(head + at[3], head + at[4], k_dim, tiles, out, k_dim, wide)
 
     @numba.njit
     def read_values(page, index, h, k_dim, v_dim, tiles, out):
         if index == 0:
             at = at0(k_dim, v_dim)
-            v0(page + h * at[3] + at[1], page + h * at[3] + at[2], v_dim, tiles, out)
+            v0(page + h * at[5] + at[1], page + h * at[5] + at[2], v_dim, tiles, out, 0, v_dim)
         else:
             at = at1(k_dim, v_dim)
-            v1(page + h * at[3] + at[1], page + h * at[3] + at[2], v_dim, tiles, out)
+            v1(page + h * at[5] + at[1], page + h * at[5] + at[2], v_dim, tiles, out, 0, v_dim)
 
     return read_keys, read_values
 
@@ -256,6 +289,8 @@ def make_packed_put(key: str, k: str, v: str) -> Any:
     k0, v0, at0 = _quantizer(eight, True), _quantizer(eight, False), _offsets(eight, eight)
     k1, v1 = _quantizer(BY_SIDE[k], True), _quantizer(BY_SIDE[v], False)
     at1 = _offsets(BY_SIDE[k], BY_SIDE[v])
+    second = BY_SIDE[k].second
+    two, rest, put_signs = second is not None, _rest(BY_SIDE[k]), _quantizer(second or BY_SIDE["t1"], True)
 
     def kv_put(a, h, worker):
         keyed(key)
@@ -268,19 +303,23 @@ def make_packed_put(key: str, k: str, v: str) -> Any:
             x = f32_at(a[w.X] + (t * a[w.X_STRIDE] + h * k_dim) * 4)
             for c in range(k_dim):
                 y[c] = x[c]
-            rotate(y, k_dim)
-            k_scales, values, v_scales, size = at1(k_dim, v_dim)
+            rotate(y, k_dim, SEED)
+            k_scales, values, v_scales, signs, sign_scales, size = at1(k_dim, v_dim)
             if position < PAGE:
-                k_scales, values, v_scales, size = at0(k_dim, v_dim)
+                k_scales, values, v_scales, signs, sign_scales, size = at0(k_dim, v_dim)
             head = page + h * size
             if position < PAGE:
                 k0(y, k_dim, at, head, head + k_scales)
             else:
                 k1(y, k_dim, at, head, head + k_scales)
+                if two:
+                    rest(y, k_dim, u8_at(head + k_scales)[at])
+                    rotate(y, k_dim, REST_SEED)
+                    put_signs(y, k_dim, at, head + signs, head + sign_scales)
             x = f32_at(a[w.X2] + (t * a[w.X2_STRIDE] + h * v_dim) * 4)
             for c in range(v_dim):
                 y[c] = x[c]
-            rotate(y, v_dim)
+            rotate(y, v_dim, SEED)
             if position < PAGE:
                 v0(y, v_dim, at, head + values, head + v_scales)
             else:

@@ -23,7 +23,7 @@ from halfbyte.runtime.backends.jit_intrinsics import (
     store_value,
 )
 from halfbyte.runtime.backends.jit_kernels import kernel
-from halfbyte.runtime.backends.jit_kv import page_readers, rotate, round_query, unrotate
+from halfbyte.runtime.backends.jit_kv import REST_SEED, SEED, page_readers, rotate, round_query, unrotate
 from halfbyte.runtime.backends.jit_math import apply, exp64, tanh64
 from halfbyte.runtime.kv_page import TILE
 
@@ -250,6 +250,7 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
     packed = bool(k)
     steps = numba.float32(BY_SIDE[k].query_steps if packed else 0)
     own = steps > 0  # beside keys of pages after the first, queries are rounded
+    stages = BY_SIDE[k].stages if packed else 1  # of those keys, each with a query of its own
     read_keys, read_values = page_readers(k or "8", v or "8")
 
     def attend(a, index, worker):
@@ -268,17 +269,26 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
         y_at = a[w.Y] + (t * a[w.Y_STRIDE] + h * share * v_dim) * 4
         whole_v = v_dim // 16 * 16
         unpacked = scratch + share * row  # of packed pages: keys, values, then queries rotated, and rounded
-        unpacked_v = unpacked + PAGE * k_dim * 4
+        unpacked_v = unpacked + PAGE * k_dim * stages * 4
         if packed:
             rotated = unpacked_v + PAGE * v_dim * 4
+            rounded = rotated + share * k_dim * 4
             for s in range(share):
                 x, y = f32_at(q_at + s * k_dim * 4), f32_at(rotated + s * k_dim * 4)
                 for c in range(k_dim):
                     y[c] = x[c]
-                rotate(y, k_dim)
+                rotate(y, k_dim, SEED)
                 if own:
-                    round_query(y, k_dim, steps, f32_at(rotated + (share + s) * k_dim * 4))
+                    at = rounded + s * stages * k_dim * 4
+                    round_query(y, k_dim, steps, f32_at(at))
+                    if stages == 2:
+                        z = f32_at(at + k_dim * 4)
+                        for c in range(k_dim):
+                            z[c] = y[c]
+                        rotate(z, k_dim, REST_SEED)
+                        round_query(z, k_dim, steps, z)
             q_at = rotated
+        wide = k_dim
         for j in range(0, n, PAGE):  # the heads that share keys read a page while it is in L1
             keys = pages[first + j // PAGE] + head
             used = (min(PAGE, n - j) + TILE - 1) // TILE
@@ -287,10 +297,10 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
                 read_keys(pages[at], at, h, k_dim, v_dim, used, f32_at(unpacked))
                 keys = unpacked
                 if own and at > 0:
-                    q_at = rotated + share * k_dim * 4
+                    q_at, wide = rounded, stages * k_dim
             for s in range(0, share, heads):
-                q_s, p_s = q_at + s * k_dim * 4, scratch + s * row + j * 4
-                kv_scores(spec, kind, heads, q_s, keys, k_dim, used, p_s, row)
+                q_s, p_s = q_at + s * wide * 4, scratch + s * row + j * 4
+                kv_scores(spec, kind, heads, q_s, keys, wide, used, p_s, row)
         for s in range(share):
             p, y = f32_at(scratch + s * row), f32_at(y_at + s * v_dim * 4)
             for j in range(low, n):

@@ -257,14 +257,15 @@ class Reference(Backend):
 
     def attend(self, step: Step, q: np.ndarray, cache: int, scale: float, softcap: float) -> np.ndarray:
         """softmax(cap(scale * q @ K^T)) @ V, in float64 per row, over the row's window; q as `round_query` has it."""
-        window, rows = int(self.file.caches[cache]["window"]), []
+        k_dim, window, rows = *(int(self.file.caches[cache][f]) for f in ("k_dim", "window")), list[np.ndarray]()
         for t in range(step.rows):
             kv, end = step.kvs[step.sessions[t]], int(step.positions[t]) + 1
             start = max(0, end - window) if window else 0
             k, v = (a.astype(np.float64) for a in kv.read(cache, start, end))
-            heads = q[t].reshape(len(k), -1, k.shape[2])  # [kv_heads, share, k_dim]
+            heads = q[t].reshape(len(k), -1, k_dim)  # [kv_heads, share, k_dim]
             own, split = kv.modes[cache].k, max(PAGE, start) - start  # keys of the first page differ
-            near, far = heads.astype(np.float64) @ k[:, :split].transpose(0, 2, 1), round_query(heads, own)
+            near = heads.astype(np.float64) @ k[:, :split, :k_dim].transpose(0, 2, 1)
+            far = round_query(heads, own)
             scores = scale * np.concatenate([near, far @ k[:, split:].transpose(0, 2, 1)], axis=2)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)

@@ -79,7 +79,7 @@ def add_kv(parser: argparse.ArgumentParser) -> None:
         "--kv",
         default="auto",
         metavar="MODE",
-        help="stored keys and values: auto, f32, f16, k8v8, k8v4, k4v4, tq4, tq3.5, tq3, tq2.5 or tq2",
+        help="stored keys and values: auto, f32, f16, k8v8, k8v4, k4v4, tq4, tq3.5, tq3, tq3-qjl, tq2.5 or tq2",
     )
 
 

@@ -179,7 +179,7 @@ def test_metadata(c: Library, demo: Any, path: Path) -> None:
     assert bytes(c.ffi.unpack(c.lib.hb_file_digest(demo), 32)) == File(path).digest
 
 
-@pytest.mark.parametrize("kv", ["auto", "f16", "f32", "k8v8", "tq3", "k4v4,0=k8v8", "k8vt1"])
+@pytest.mark.parametrize("kv", ["auto", "f16", "f32", "k8v8", "tq3", "k4v4,0=k8v8", "k8vt1", "tq3-qjl"])
 def test_logits_are_those_of_python(c: Library, make: Callable[..., Any], path: Path, kv: str) -> None:
     python = load(path, backend="native", kv=kv)
     native = make(kv=kv, rows=5, sessions=2)
@@ -217,7 +217,7 @@ def test_many_sessions_share_a_step(c: Library, make: Callable[..., Any], path: 
         c.lib.hb_session_free(s)
 
 
-@pytest.mark.parametrize("kv", ["f16", "k8v8", "tq3", "k8vt1"])
+@pytest.mark.parametrize("kv", ["f16", "k8v8", "tq3", "k8vt1", "tq3-qjl,0=kq4v8"])
 def test_rewind_fork_save_load(
     c: Library, make: Callable[..., Any], path: Path, kv: str, tmp_path: Path
 ) -> None:

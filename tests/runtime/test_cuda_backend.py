@@ -67,7 +67,7 @@ def test_i8g32_is_the_integers_of_native(model_file, name: str) -> None:
         assert np.array_equal(a.argmax(1), b.argmax(1))
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16", "k8v8", "tq3"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "k8v8", "tq3", "tq3-qjl"])
 def test_sessions_live_on_the_device(model_file, kv: str) -> None:
     model = load(model_file("mistral-window"), "cuda", kv=kv, policy="f32")  # the smoothest: nothing flips
     law = load(model_file("mistral-window"), "reference", kv=kv, policy="f32")
