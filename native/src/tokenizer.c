@@ -257,7 +257,8 @@ int64_t hb_tokenize(const hb_tokenizer *t, const char *text, size_t bytes, uint3
     hb_release(&t->allocator, e.work.p);
     hb_release(&t->allocator, e.found.p);
     hb_release(&t->allocator, e.order.p);
-    if (e.status == HB_ERROR_MEMORY) hb_fail(HB_ERROR_MEMORY, "no memory to tokenise %zu bytes", bytes);
+    if (e.status == HB_ERROR_MEMORY)
+        hb_fail(HB_ERROR_MEMORY, "no memory to tokenise %llu bytes", (unsigned long long)bytes);
     if (e.status) return e.status;
     e.capacity = capacity;
     add_bos(&e, e.count ? e.ids[0] : -1);
