@@ -101,7 +101,8 @@ typedef struct hb_open_options {
 } hb_open_options;
 
 /* Opens and checks a file, mapped read-only where the system can, otherwise read into memory. After this no
- * damage in the file can make the library read or write where it must not. Paths are UTF-8, on Windows too. */
+ * damage in the file can make the library read or write where it must not. Paths are UTF-8, on Windows too.
+ */
 HB_API int hb_open_path(const char *path, const hb_open_options *options, hb_file **out);
 /* The same for memory that stays the caller's and must stay unchanged; best aligned to 64 bytes, else copied.
  */
