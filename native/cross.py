@@ -25,7 +25,7 @@ TARGETS = (
     "x86_64-windows-gnu",
     "wasm32-wasi",
 )
-LIBRARIES = ("libhalfbyte.so", "libhalfbyte.dylib", "libhalfbyte.dll", "generate.wasm", "halfbyte.wasm")
+LIBRARIES = ("libhalfbyte.so", "libhalfbyte.dylib", "halfbyte.dll", "generate.wasm", "halfbyte.wasm")
 
 
 def build(target: str, folder: Path, *options: str, what: tuple[str, ...] = ("halfbyte",)) -> Path:

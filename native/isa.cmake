@@ -26,8 +26,8 @@ function(halfbyte_isa_flags)
       set(flags -Os) # half of a module's bytes otherwise
     elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^wasm" AND (source MATCHES "^src/" OR source MATCHES "(embed|gather|kv_put|rope)_scalar"))
       set(flags -Oz) # not where time goes
-    elseif(halfbyte_arm AND source MATCHES "_scalar\\.c$" AND NOT source MATCHES "(embed|gather)_scalar")
-      set(flags -Os -DHB_SMALL) # NEON is of the baseline: these are to compare with
+    elseif((halfbyte_arm OR HALFBYTE_ISA) AND source MATCHES "_scalar\\.c$" AND NOT source MATCHES "(embed|gather)_scalar")
+      set(flags -Os -DHB_SMALL) # NEON is of the baseline: these are to compare with. Or the build is to be small
     elseif(source MATCHES "^src/" AND NOT source MATCHES "(exec|pool|sampler|sha256|normalise|tokeni[a-z_]*)\\.c$")
       set(flags -Os) # not where time goes
     elseif(source MATCHES "^src/")

@@ -28,8 +28,10 @@
 #include <stdint.h>
 
 #if !defined(HB_API)
-#if defined(_WIN32)
+#if defined(_WIN32) && defined(halfbyte_EXPORTS) /* as CMake says while the DLL is built */
 #define HB_API __declspec(dllexport)
+#elif defined(_WIN32)
+#define HB_API
 #else
 #define HB_API __attribute__((visibility("default")))
 #endif
@@ -99,13 +101,14 @@ typedef struct hb_open_options {
 } hb_open_options;
 
 /* Opens and checks a file, mapped read-only where the system can, otherwise read into memory. After this no
- * damage in the file can make the library read or write where it must not. */
+ * damage in the file can make the library read or write where it must not. Paths are UTF-8, on Windows too.
+ */
 HB_API int hb_open_path(const char *path, const hb_open_options *options, hb_file **out);
 /* The same for memory that stays the caller's and must stay unchanged; best aligned to 64 bytes, else copied.
  */
 HB_API int hb_open_memory(const void *memory, uint64_t bytes, const hb_open_options *options, hb_file **out);
 /* The same for `bytes` bytes (0: the rest) at an offset of an open file, such as an Android asset; fd stays
- * open and the caller's. */
+ * open and the caller's. On Windows it is one of the C runtime that the library is linked with. */
 HB_API int hb_open_fd(int fd, uint64_t offset, uint64_t bytes, const hb_open_options *options, hb_file **out);
 /* Checks every byte against its digest. */
 HB_API int hb_verify(const hb_file *file, hb_progress *progress, void *context);

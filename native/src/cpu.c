@@ -1,6 +1,7 @@
 #include "cpu.h"
 
 #if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #else
 #include <unistd.h>
@@ -57,6 +58,7 @@ bool hb_cpu_supports(int isa) {
         case HB_ISA_AVXVNNI: /* of the registers of AVX2 */
             return hb_cpu_supports(HB_ISA_AVX2) && has_avxvnni();
 #endif
+#if HB_X86_AVX512
         case HB_ISA_AVX512VLVNNI:
             __builtin_cpu_init();
             return hb_cpu_supports(HB_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
@@ -66,6 +68,7 @@ bool hb_cpu_supports(int isa) {
             return hb_cpu_supports(HB_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#endif
 #elif HB_ARM
         case HB_ISA_NEON:
             return true; /* part of AArch64 */
@@ -103,9 +106,9 @@ int hb_cpu_count(void) {
     if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
 #if defined(_WIN32)
-    SYSTEM_INFO info;
-    GetSystemInfo(&info);
-    return (int)info.dwNumberOfProcessors;
+    DWORD_PTR own, all; /* a bit for each processor of the process's group */
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &own, &all) || !own) return 1;
+    return __builtin_popcountll(own);
 #elif defined(__wasm__)
     return 1;
 #else

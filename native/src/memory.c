@@ -109,7 +109,8 @@ static void arena_release(void *context, void *memory) {
 int hb_arena(void *memory, size_t bytes, hb_allocator *out) {
     const size_t skip = (LINE - (uintptr_t)memory % LINE) % LINE;
     if (!memory || !out) return hb_fail(HB_ERROR_ARGUMENT, "an arena needs memory");
-    if (bytes < skip + 3 * LINE) return hb_fail(HB_ERROR_MEMORY, "%zu bytes are too few for an arena", bytes);
+    if (bytes < skip + 3 * LINE)
+        return hb_fail(HB_ERROR_MEMORY, "%llu bytes are too few for an arena", (unsigned long long)bytes);
     arena *a = (arena *)((char *)memory + skip);
     a->bytes = (bytes - skip) / LINE * LINE - LINE;
     chunk *first = (chunk *)((char *)a + LINE);

@@ -4,7 +4,7 @@
 #include <stdbool.h>
 
 #include "cpu.h"
-#include "lock.h"
+#include "thread.h"
 
 #if !HB_THREADS /* one thread, the caller's */
 
@@ -35,9 +35,6 @@ void hb_pool_run(hb_pool *p, hb_task *task, void *context, uint32_t count, uint3
 
 #else
 
-#include <pthread.h>
-#include <sched.h>
-
 /* `state` is one word: the low 16 bits count the workers inside the loop, bit 16 says that it is open, and
  * the rest numbers it. A worker enters by compare-and-swap while the loop is open, so the caller, once it has
  * closed the loop, waits only for those inside: a thread that sleeps or has not been scheduled delays nobody.
@@ -47,7 +44,7 @@ enum { MAX_THREADS = 1024 };
 
 typedef struct {
     hb_pool *pool;
-    pthread_t thread;
+    hb_thread thread;
     uint32_t worker;
 } member;
 
@@ -62,8 +59,8 @@ struct hb_pool {
     int threads, spins;
     member *members;
     hb_allocator allocator;
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    hb_lock lock;
+    hb_signal wake;
 };
 
 static inline void relax(void) {
@@ -96,23 +93,23 @@ static uint64_t await(hb_pool *p, uint64_t seen) {
             return now;
         relax();
     }
-    pthread_mutex_lock(&p->mutex);
+    hb_lock_take(&p->lock);
     atomic_fetch_add(&p->sleepers, 1);
     uint64_t now;
     while ((now = atomic_load(&p->state)) / GENERATION == seen / GENERATION && !atomic_load(&p->stop))
-        pthread_cond_wait(&p->wake, &p->mutex);
+        hb_signal_await(&p->wake, &p->lock);
     atomic_fetch_sub(&p->sleepers, 1);
-    pthread_mutex_unlock(&p->mutex);
+    hb_lock_give(&p->lock);
     return now;
 }
 
-static void *member_main(void *argument) {
+static HB_THREAD_MAIN member_main(void *argument) {
     member *me = argument;
     hb_pool *p = me->pool;
     uint64_t seen = 0;
     for (;;) {
         uint64_t now = await(p, seen);
-        if (atomic_load(&p->stop)) return NULL;
+        if (atomic_load(&p->stop)) return 0;
         seen = now;
         bool entered = false;
         while (now / GENERATION == seen / GENERATION && (now & OPEN) && !entered)
@@ -138,13 +135,13 @@ hb_pool *hb_pool_create_with(const hb_allocator *allocator, int threads) {
     p->threads = 1;
     p->spins = threads <= hb_cpu_count() ? 4000 : 1; /* with more threads than processors, spinning steals */
     p->members = (member *)(p + 1);
-    pthread_mutex_init(&p->mutex, NULL);
-    pthread_cond_init(&p->wake, NULL);
+    hb_lock_start(&p->lock);
+    hb_signal_start(&p->wake);
     for (int i = 1; i < threads; i++) {
         member *m = &p->members[i];
         m->pool = p;
         m->worker = (uint32_t)i;
-        if (pthread_create(&m->thread, NULL, member_main, m)) break; /* fewer threads are still right */
+        if (hb_thread_start(&m->thread, member_main, m)) break; /* fewer threads are still right */
         p->threads = i + 1;
     }
     return p;
@@ -154,13 +151,13 @@ int hb_pool_threads(const hb_pool *pool) { return pool->threads; }
 
 void hb_pool_free(hb_pool *p) {
     if (!p) return;
-    pthread_mutex_lock(&p->mutex);
+    hb_lock_take(&p->lock);
     atomic_store(&p->stop, true);
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->mutex);
-    for (int i = 1; i < p->threads; i++) pthread_join(p->members[i].thread, NULL);
-    pthread_cond_destroy(&p->wake);
-    pthread_mutex_destroy(&p->mutex);
+    hb_signal_all(&p->wake);
+    hb_lock_give(&p->lock);
+    for (int i = 1; i < p->threads; i++) hb_thread_join(p->members[i].thread);
+    hb_signal_end(&p->wake);
+    hb_lock_end(&p->lock);
     const hb_allocator a = p->allocator;
     hb_release(&a, p);
 }
@@ -179,9 +176,9 @@ void hb_pool_run(hb_pool *p, hb_task *task, void *context, uint32_t count, uint3
     uint64_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
     atomic_store(&p->state, (state / GENERATION + 1) * GENERATION | OPEN);
     if (atomic_load(&p->sleepers)) {
-        pthread_mutex_lock(&p->mutex);
-        pthread_cond_broadcast(&p->wake);
-        pthread_mutex_unlock(&p->mutex);
+        hb_lock_take(&p->lock);
+        hb_signal_all(&p->wake);
+        hb_lock_give(&p->lock);
     }
     work(p, 0);
     state = atomic_fetch_and(&p->state, ~(uint64_t)OPEN);
@@ -189,7 +186,7 @@ void hb_pool_run(hb_pool *p, hb_task *task, void *context, uint32_t count, uint3
         if (i < p->spins)
             relax();
         else
-            sched_yield();
+            hb_thread_yield();
     }
 }
 

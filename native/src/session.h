@@ -6,7 +6,7 @@
 
 #include "bind.h"
 #include "file.h"
-#include "lock.h"
+#include "thread.h"
 
 /* Before the bytes of a page, on a cache line of its own. */
 typedef struct hb_page_head {

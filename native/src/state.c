@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "map.h"
+#include "path.h"
 #include "session.h"
 #include "sha256.h"
 
@@ -74,16 +75,13 @@ int hb_session_save(hb_session *s, const char *path) {
     if (!aside) return hb_fail(HB_ERROR_MEMORY, "no memory to save a session");
     memcpy(aside, path, n);
     memcpy(aside + n, ".part", 6);
-    FILE *f = fopen(aside, "wb");
+    FILE *f = hb_path_create(aside);
     int status = f ? hb_session_write(s, write_file, f) : HB_ERROR_IO;
     if (f && fclose(f) && !status) status = HB_ERROR_IO;
-    if (!status && rename(aside, path)) {
-        remove(path); /* where renaming does not replace */
-        if (rename(aside, path)) status = HB_ERROR_IO;
-    }
+    if (!status && hb_path_replace(aside, path)) status = HB_ERROR_IO;
     if (status) {
         if (status == HB_ERROR_IO) hb_fail(status, "%s: cannot write: %s", path, strerror(errno));
-        remove(aside);
+        hb_path_remove(aside);
     }
     hb_release(&s->model->allocator, aside);
     return status;

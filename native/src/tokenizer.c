@@ -4,27 +4,6 @@
 
 enum { MAX_SPELLINGS = 1 << 16, MAX_CUTS = 200 };
 
-bool hb_room(hb_encoding *e, hb_buffer *b, size_t bytes) {
-    if (b->size >= bytes) return true;
-    const size_t half = b->size / 2, size = bytes > SIZE_MAX - half - 64 ? bytes : bytes + half + 64;
-    uint8_t *p = hb_allocate(&e->t->allocator, size);
-    if (!p) {
-        e->status = HB_ERROR_MEMORY;
-        return false;
-    }
-    if (b->used) memcpy(p, b->p, b->used);
-    hb_release(&e->t->allocator, b->p);
-    b->p = p, b->size = size;
-    return true;
-}
-
-bool hb_append(hb_encoding *e, hb_buffer *b, const void *p, size_t n) {
-    if (b->size - b->used < n && !hb_room(e, b, b->used + n)) return false;
-    if (n) memcpy(b->p + b->used, p, n);
-    b->used += n;
-    return true;
-}
-
 /* ---- added tokens ---- */
 
 /* White_Space, which Unicode does not change. */
@@ -166,10 +145,11 @@ static void cut_plain(hb_encoding *e, const hb_buffer *order, hb_bytes text, siz
 
 /* ---- the way ---- */
 
-void hb_words(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start) {
+/* A text from step i on. */
+static void words(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start) {
     for (; i < e->t->steps && text.n && !e->status; i++) {
         if (e->t->step[i].kind == HB_STEP_SPLIT) {
-            hb_split(e, i, text, at_start);
+            hb_split(e, i, text, at_start, words);
             return;
         }
         text = hb_transform(e, i, text, at_start);
@@ -181,7 +161,7 @@ void hb_words(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start) {
 }
 
 static void behind_normalizers(hb_encoding *e, hb_bytes text, bool at_start) {
-    hb_words(e, e->t->normalizers, text, at_start);
+    words(e, e->t->normalizers, text, at_start);
 }
 
 static void normalise(hb_encoding *e, hb_bytes text, bool at_start) {
@@ -257,7 +237,8 @@ int64_t hb_tokenize(const hb_tokenizer *t, const char *text, size_t bytes, uint3
     hb_release(&t->allocator, e.work.p);
     hb_release(&t->allocator, e.found.p);
     hb_release(&t->allocator, e.order.p);
-    if (e.status == HB_ERROR_MEMORY) hb_fail(HB_ERROR_MEMORY, "no memory to tokenise %zu bytes", bytes);
+    if (e.status == HB_ERROR_MEMORY)
+        hb_fail(HB_ERROR_MEMORY, "no memory to tokenise %llu bytes", (unsigned long long)bytes);
     if (e.status) return e.status;
     e.capacity = capacity;
     add_bos(&e, e.count ? e.ids[0] : -1);

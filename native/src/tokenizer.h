@@ -1,4 +1,8 @@
-/* The way of a text through a tokenizer: added tokens cut out, normalised, split into words, modelled. */
+/* The way of a text through a tokenizer: added tokens cut out, normalised, split into words, modelled.
+ *
+ * tokenizer.c leads the way and calls the rest: normalise.c, tokenizer_split.c, the models of tokenizer_bpe.c
+ * and tokenizer_unigram.c. Of each other they know only the matches of tokenizer_split.c, and below them all
+ * lie tokenizer_buffer.c and vocab.c. */
 #ifndef HB_TOKENIZER_H
 #define HB_TOKENIZER_H
 
@@ -45,10 +49,10 @@ static inline void hb_emit_word(hb_encoding *e, uint32_t id) {
 hb_bytes hb_transform(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start);
 /* Bytes of the match that starts at p, or 0. */
 size_t hb_match(const hb_automaton *a, const uint8_t *p, const uint8_t *end, bool at_start);
-/* Calls hb_words for each part of the text that step i leaves. */
-void hb_split(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start);
 /* A text from step i on. */
-void hb_words(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start);
+typedef void hb_way(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start);
+/* Sends each part of the text that step i leaves on the rest of its way. */
+void hb_split(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start, hb_way *rest);
 
 void hb_bpe(hb_encoding *e, hb_bytes text);
 void hb_unigram(hb_encoding *e, hb_bytes text);

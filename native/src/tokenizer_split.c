@@ -22,25 +22,36 @@ size_t hb_match(const hb_automaton *a, const uint8_t *p, const uint8_t *end, boo
     return (size_t)(match - begin);
 }
 
-/* The part that is not handed on yet. */
+/* A stretch of the text: a match, or what lies between. */
 typedef struct part {
     size_t from, to;
     bool there, match;
 } part;
 
-static void flush(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start, part *p) {
-    if (p->there) hb_words(e, i + 1, (hb_bytes){text.p + p->from, p->to - p->from}, at_start && !p->from);
+typedef struct split {
+    hb_encoding *e;
+    uint32_t step;
+    hb_bytes text;
+    bool at_start;
+    hb_way *rest;
+    part last; /* that is not handed on yet */
+} split;
+
+static void flush(const split *s, part *p) {
+    const hb_bytes text = {s->text.p + p->from, p->to - p->from};
+    if (p->there) s->rest(s->e, s->step + 1, text, s->at_start && !p->from);
     p->there = false;
 }
 
-/* What is between matches, or a match, by the step's behaviour. */
-static void take(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start, part *last, part next) {
-    const uint32_t flags = e->t->step[i].flags;
+/* The next stretch, by the step's behaviour. */
+static void take(split *s, part next) {
+    const uint32_t flags = s->e->t->step[s->step].flags;
+    part *const last = &s->last;
     if (flags & HB_INVERT) next.match = !next.match;
     switch (flags & 7) {
         case HB_REMOVED:
             next.there = !next.match;
-            flush(e, i, text, at_start, &next);
+            flush(s, &next);
             return;
         case HB_CONTIGUOUS:
             if (last->there && last->match == next.match) {
@@ -57,32 +68,32 @@ static void take(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start, part 
         case HB_WITH_NEXT:
             if (last->there && last->match && !next.match) {
                 last->to = next.to, last->match = false;
-                flush(e, i, text, at_start, last);
+                flush(s, last);
                 return;
             }
             break;
         default:
-            flush(e, i, text, at_start, &next);
+            flush(s, &next);
             return;
     }
-    flush(e, i, text, at_start, last);
+    flush(s, last);
     *last = next;
 }
 
-void hb_split(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start) {
+void hb_split(hb_encoding *e, uint32_t i, hb_bytes text, bool at_start, hb_way *rest) {
     const hb_automaton *a = &e->t->step[i].automaton;
     const uint8_t *const end = text.p + text.n;
-    part last = {0};
+    split s = {e, i, text, at_start, rest, {0}};
     for (size_t at = 0, done = 0; at < text.n && !e->status;) {
         const size_t n = hb_match(a, text.p + at, end, !at);
         if (!n) {
             at += hb_character_bytes(text.p + at, end);
-            if (at == text.n) take(e, i, text, at_start, &last, (part){done, at, true, false});
+            if (at == text.n) take(&s, (part){done, at, true, false});
             continue;
         }
-        if (done < at) take(e, i, text, at_start, &last, (part){done, at, true, false});
-        take(e, i, text, at_start, &last, (part){at, at + n, true, true});
+        if (done < at) take(&s, (part){done, at, true, false});
+        take(&s, (part){at, at + n, true, true});
         done = at += n;
     }
-    if (!e->status) flush(e, i, text, at_start, &last);
+    if (!e->status) flush(&s, &s.last);
 }

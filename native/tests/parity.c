@@ -14,6 +14,11 @@
 #include <string.h>
 
 #include "halfbyte_program.h"
+#if defined(_WIN32) /* everything here comes from zeros() */
+#include <malloc.h>
+#define posix_memalign(p, alignment, bytes) (!(*(p) = _aligned_malloc(bytes, alignment)))
+#define free _aligned_free
+#endif
 
 enum { MAX_ROWS = 256, MAX_ITEMS = 64, PAGE = 64 /* positions of a page of a cache */ };
 
@@ -248,7 +253,7 @@ int main(int argc, char **argv) {
     const file_header *head = take(1, sizeof *head);
     if (memcmp(head->magic, "HBPARITY", 8) || head->version != 1) die("not a file of vectors");
     if (hb_kernel_count() > MAX_ROWS) die("the kernel table is too large");
-    test_case *cases = need(calloc(head->cases ? head->cases : 1, sizeof *cases));
+    test_case *cases = zeros(head->cases * sizeof *cases);
     for (uint32_t i = 0; i < head->cases; i++) cases[i] = next_case();
     hb_pool *pool = need(hb_pool_create(2));
     unsigned bad = 0;

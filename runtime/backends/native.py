@@ -22,7 +22,7 @@ from halfbyte.runtime.backends.backend import Backend, Step
 from halfbyte.runtime.kv import KV
 
 _ROOT = Path(__file__).resolve().parents[2]  # the package: the repository, or site-packages/halfbyte
-_LIBRARY = "libhalfbyte.dylib" if sys.platform == "darwin" else "libhalfbyte.so"
+_LIBRARY = {"darwin": "libhalfbyte.dylib", "win32": "halfbyte.dll"}.get(sys.platform, "libhalfbyte.so")
 ISA_BEST = -1
 
 

@@ -12,8 +12,6 @@ import pytest
 from story import story_folder
 
 import halfbyte
-from halfbyte.runtime.conversation import prompt_ids
-from halfbyte.runtime.generate import generate
 from halfbyte.runtime.model import load
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "native" / "examples"
@@ -69,23 +67,7 @@ def test_the_example_gives_the_tokens_of_python(built: Path, file: Path) -> None
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-def test_chat_answers_as_python_does(built: Path, file: Path, tmp_path: Path) -> None:
-    template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    folder = story_folder(tmp_path / "story", template=template, context=256)
-    halfbyte.convert(folder, tmp_path / "chat.hb", recipe="q4")
-    model = load(tmp_path / "chat.hb", backend="native")
-    questions, said, want = ["Once upon a time", "", "One, two \u00e9!"], list[dict[str, str]](), ""
-    for question in questions:
-        said.append({"role": "user", "content": question})
-        answer = "".join(generate(model, prompt_ids(model, said), max_tokens=12, temperature=0))
-        said.append({"role": "assistant", "content": answer})
-        want += answer + "\n"
-    command = [built / "chat", tmp_path / "chat.hb", "-n", "12", "-t", "2"]
-    done = subprocess.run(command, input="\n".join(questions).encode(), capture_output=True)
-    assert (done.returncode, done.stdout.decode()) == (0, want), done.stderr
+def test_a_model_without_a_template_does_not_chat(built: Path, file: Path) -> None:
     done = subprocess.run([built / "chat", file], input=b"Hello\n", capture_output=True)
     assert done.returncode == 2 and b"chat" in done.stderr and done.stderr.count(b"\n") == 1
 

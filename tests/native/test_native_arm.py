@@ -6,18 +6,15 @@ reference's output and this machine's own, and tries every kernel of the machine
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 import struct
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from targets import AARCH64, QEMU, ROOT, SYSROOT
 
 from halfbyte.formats import encodings, kv_modes, program
 from halfbyte.formats.encodings import K256, MATRIX_ENCODINGS, parameters_are_valid
@@ -27,10 +24,7 @@ from halfbyte.runtime.backends.backend import Step
 from halfbyte.runtime.backends.reference import Reference, apply_function, linear_i8g32
 from halfbyte.runtime.kv import KV
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS = (1, 2, 3, 8, 33)
-SYSROOT = "/usr/aarch64-linux-gnu"
-COMPILER, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 # What qemu calls the machine, and the instruction sets that the library must find there.
 MACHINES = {
     "cortex-a72": ["scalar", "neon"],
@@ -331,31 +325,10 @@ def vectors(rig, tmp_path_factory) -> Path:
     return path
 
 
-def build(folder: Path, *options: str) -> Path:
-    """Configure and build native/ in `folder`; the folder."""
-    tools = Path(sys.executable).parent
-    cmake, ninja = (shutil.which(name, path=f"{tools}:{os.environ['PATH']}") for name in ("cmake", "ninja"))
-    if not cmake or not ninja:
-        pytest.skip("cmake or ninja is not installed")
-    flags = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release", *options]
-    configure = [cmake, "-S", str(ROOT / "native"), "-B", str(folder), *flags]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of pytest-xdist share the folder
-        for command in (configure, [cmake, "--build", str(folder)]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
 @pytest.fixture(scope="module")
 def arm() -> Path:
     """The library and the driver built for AArch64."""
-    for program_name, package in ((COMPILER, "gcc-aarch64-linux-gnu"), (QEMU, "qemu-user")):
-        if not shutil.which(program_name):
-            pytest.skip(f"{program_name} is not installed (Debian: {package})")
-    toolchain = ROOT / "native" / "cmake" / "aarch64-linux-gnu.cmake"
-    return build(ROOT / "build" / "native-arm", f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
+    return AARCH64.built()
 
 
 def check(command: list[str], isas: list[str]) -> None:

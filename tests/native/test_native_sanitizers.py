@@ -6,7 +6,8 @@ import os
 import subprocess
 
 import pytest
-from test_native_arm import ROOT, build, check, vectors  # noqa: F401
+from targets import ROOT, build
+from test_native_arm import check, vectors  # noqa: F401
 
 
 @pytest.mark.skipif(not os.environ.get("HALFBYTE_SANITIZE"), reason="takes minutes: run `make sanitize`")

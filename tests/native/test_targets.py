@@ -1,8 +1,12 @@
-"""The examples on other machines: AArch64 under qemu, WebAssembly under wasmtime; sizes, and what is imported."""
+"""The library on other systems: AArch64 under qemu, musl, Windows under wine, WebAssembly under wasmtime.
+
+Programs in C are run there; sizes, and what is imported and exported, are looked at here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +16,16 @@ import numpy as np
 import pytest
 import tiny
 from crossed import ZIG, cross, wasm
-from test_native_arm import QEMU, SYSROOT, arm  # noqa: F401
+from story import story_folder
+from targets import AARCH64, HOST, TARGETS, WINDOWS, Target
+from test_native_arm import vectors  # noqa: F401
 
 import halfbyte
 from halfbyte.runtime.backends import native
-from halfbyte.runtime.model import load
+from halfbyte.runtime.conversation import prompt_ids
+from halfbyte.runtime.generate import generate
+from halfbyte.runtime.model import Model, load
+from halfbyte.runtime.session import Session
 
 LARGEST = 400_000  # bytes of the module
 LARGEST_LIBRARY = 500_000  # of the library for AArch64 with every kernel, stripped
@@ -25,6 +34,23 @@ COUNT = 10
 pytestmark = pytest.mark.skipif(
     native.library_path() is None, reason="the native library is not built (make native)"
 )
+
+
+@pytest.fixture(params=(HOST, *TARGETS), ids=lambda t: t.name)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each system in turn, with the library built for it; skipped, saying so, where its tools are missing."""
+    request.param.built()
+    return request.param
+
+
+def continued(model: Model, session: Session, ids: list[int], count: int) -> list[int]:
+    """Up to `count` greedy tokens after ids."""
+    out = list[int]()
+    logits = session.feed(ids)
+    while len(out) < count and not (out and out[-1] in model.eos_ids):
+        out.append(int(np.argmax(logits)))
+        logits = session.feed(out[-1:])
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -40,39 +66,95 @@ def greedy(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     for file in sorted(folder.glob("*.hb")):
         model = load(file, backend="native")
         prompt = [(7 * i + 3) % model.vocab_size for i in range(5)]
-        session, out = model.session(), list[int]()
-        logits = session.feed(prompt)
-        while len(out) < COUNT and not (out and out[-1] in model.eos_ids):
-            out.append(int(np.argmax(logits)))
-            logits = session.feed(out[-1:])
-        found[file] = prompt, out
+        found[file] = prompt, continued(model, model.session(), prompt, COUNT)
     return found
 
 
-def test_aarch64_gives_the_tokens_of_python(arm: Path, greedy: dict[Path, Any]) -> None:  # noqa: F811
+def test_the_tokens_of_python(target: Target, greedy: dict[Path, Any]) -> None:
     for file, (prompt, want) in greedy.items():
-        command = [QEMU, "-L", SYSROOT, "-cpu", "max", arm / "generate", file, COUNT, *prompt]
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert [int(i) for i in done.stdout.split()] == want, file.stem
-    print(f"\n{len(greedy)} models")
+        assert [int(i) for i in target.run("generate", file, COUNT, *prompt).split()] == want, file.stem
+    print(f"\n{target.name}: {len(greedy)} models")
 
 
-def test_the_library_for_aarch64_is_small(arm: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with tokenizer and chat template, whose path takes more than ASCII."""
+    folder = tmp_path_factory.mktemp("story")
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    path = folder / "\u00e9\u4f60\U0001f916" / "story.hb"
+    path.parent.mkdir()
+    halfbyte.convert(story_folder(folder / "hf", template=template, context=256), path, recipe="q4")
+    return path
+
+
+def test_an_app_without_python(target: Target, story: Path, tmp_path: Path) -> None:
+    """native/tests/client.c: files in four ways, tokenizer, state, memory, cancelling; 5 GB into a file too."""
+    model = load(story, backend="native")
+    assert model.tokenizer
+    texts = ["Once upon a time", "I'll count: one, \u00e9\u0301 \u4f60\u597d \U0001f916  two\t!", " "]
+    saved, asset, offsets = (
+        story.parent / f"saved.{target.name}",
+        tmp_path / "asset",
+        (5 << 30, (6 << 30) + 100),
+    )
+    with asset.open("wb") as f:
+        for offset in offsets:
+            f.seek(offset)
+            f.write(story.read_bytes())
+    lines = [str(story), str(saved), str(asset), *map(str, offsets), *texts]
+    (tmp_path / "script").write_bytes("".join(f"{line}\n" for line in lines).encode())
+    *pairs, tokens, end = target.run("client", tmp_path / "script").decode().split("\n")
+    ids = [[int(i) for i in line.split()] for line in pairs[::2]]
+    assert ids == [model.tokenizer.encode(t) for t in texts]
+    assert pairs[1::2] == texts and end == ""
+    want = list[int]()
+    logits = (session := model.session()).feed(ids[0])
+    for _ in range(COUNT):
+        want.append(int(np.argmax(logits)))
+        logits = session.feed(want[-1:])
+    assert [int(i) for i in tokens.split()] == want
+    loaded = Session.load(model, saved)
+    assert continued(model, loaded, [5], COUNT) == continued(model, session, [5], COUNT)
+
+
+def test_chat(target: Target, story: Path, tmp_path: Path) -> None:
+    model = load(story, backend="native")
+    shutil.copy(story, tmp_path / "chat.hb")  # arguments are not UTF-8 everywhere
+    questions, said, want = ["Once upon a time", "", "One, two \u00e9!"], list[dict[str, str]](), ""
+    for question in questions:
+        said.append({"role": "user", "content": question})
+        answer = "".join(generate(model, prompt_ids(model, said), max_tokens=12, temperature=0))
+        said.append({"role": "assistant", "content": answer})
+        want += answer + "\n"
+    text = "\n".join(questions).encode()
+    assert target.run("chat", tmp_path / "chat.hb", "-n", 12, "-t", 2, text=text).decode() == want
+
+
+def test_kernels_on_windows_give_the_bits_of_this_machine(vectors: Path, rig: Any) -> None:  # noqa: F811
+    WINDOWS.built()
+    lines = [line.split() for line in WINDOWS.run("parity", vectors).decode().splitlines()]
+    assert {line[0] for line in lines} == {"scalar", "avx2"} & set(rig.usable())
+    assert all(line[-1] == "ok" and int(line[2]) > 0 for line in lines)
+
+
+def test_the_library_for_aarch64_is_small(tmp_path: Path) -> None:
     library = tmp_path / "libhalfbyte.so"
-    strip = ["aarch64-linux-gnu-strip", "-o", library, arm / "lib" / "libhalfbyte.so"]
+    strip = ["aarch64-linux-gnu-strip", "-o", library, AARCH64.built() / AARCH64.library]
     subprocess.run(strip, check=True)
     print(f"\nAArch64: {library.stat().st_size} bytes")
     assert 100_000 < library.stat().st_size <= LARGEST_LIBRARY
 
 
 @pytest.mark.parametrize(
-    ("target", "name"), [("aarch64-linux-android", "libhalfbyte.so"), ("aarch64-macos", "libhalfbyte.dylib")]
+    ("system", "name"), [("aarch64-linux-android", "libhalfbyte.so"), ("aarch64-macos", "libhalfbyte.dylib")]
 )
-def test_the_library_for_phones_is_small_and_links(target: str, name: str) -> None:
+def test_the_library_for_phones_is_small_and_links(system: str, name: str) -> None:
     """Android's linker knows only the names that bionic has (native/cmake/bionic.txt)."""
-    library = cross(target) / name
-    print(f"\n{target}: {library.stat().st_size} bytes")
+    library = cross(system) / name
+    print(f"\n{system}: {library.stat().st_size} bytes")
     assert 100_000 < library.stat().st_size <= LARGEST_LIBRARY
 
 
