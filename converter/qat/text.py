@@ -19,7 +19,8 @@ from halfbyte.formats.errors import UsageError
 
 HELD_OUT = 16  # of so many sequences one is kept for measuring, where no held-out text is given
 STREAMS = 128  # documents of its own that the float model writes at once, at most
-SHARE, TIMES = 1 / 3, 4  # of the sequences are the texts given, repeated for that, but not more often than TIMES
+SHARE = 1 / 3  # of the sequences are the texts given, repeated for that
+TIMES = 4  # at most
 SEED = 1000  # of them, plus a large multiple of the option: no other own text has it
 
 Sequences = list[list[int]]
