@@ -138,8 +138,10 @@ def measure(
     )
 
 
-def own_text(path: Path) -> str:
+def own_text(path: Path, tokens: int = TOKENS, seed: int = SEED, streams: int = STREAMS) -> str:
     """What the model of a float file writes: documents sampled at temperature 1, with a blank line between them.
+
+    tokens: of them all; streams: documents written at once.
 
     Unlike in calibration (`calibrate.own_text`) each document starts from nothing, as the model's own do. Empty for a
     tokenizer without BOS and end token.
@@ -153,22 +155,22 @@ def own_text(path: Path) -> str:
     if start is None:
         return ""
     ends = {start, *model.eos_ids}
-    length = min(LENGTH, model.context_length)
-    random = np.random.default_rng(SEED)
-    rows = np.arange(STREAMS, dtype=np.int32)
-    streams, kvs = [[start] for _ in rows], [model.new_kv() for _ in rows]
+    length, steps = min(LENGTH, model.context_length), -(-tokens // streams)
+    random = np.random.default_rng(seed)
+    rows = np.arange(streams, dtype=np.int32)
+    written, kvs = [[start] for _ in rows], [model.new_kv() for _ in rows]
     documents = []
-    for step in range(TOKENS // STREAMS):
-        positions = np.array([len(s) - 1 for s in streams], np.int32)
+    for step in range(steps):
+        positions = np.array([len(s) - 1 for s in written], np.int32)
         for kv, position in zip(kvs, positions.tolist()):
             kv.reserve(position + 1, position)
-        ids = np.array([s[-1] for s in streams], np.int32)
+        ids = np.array([s[-1] for s in written], np.int32)
         logits = model.run(Step(ids, positions, rows, rows, kvs))
         for i, token in enumerate((logits + random.gumbel(size=logits.shape)).argmax(axis=1).tolist()):
-            streams[i] += [] if token in ends else [token]
-            if token in ends or len(streams[i]) == length or step == TOKENS // STREAMS - 1:
-                documents.append(model.tokenizer.decode(streams[i][1:]).strip())
-                streams[i], kvs[i] = [start], model.new_kv()
+            written[i] += [] if token in ends else [token]
+            if token in ends or len(written[i]) == length or step == steps - 1:
+                documents.append(model.tokenizer.decode(written[i][1:]).strip())
+                written[i], kvs[i] = [start], model.new_kv()
     return "\n\n".join(filter(None, documents))
 
 

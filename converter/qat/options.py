@@ -66,7 +66,7 @@ class Options:
     policy: str = "i8g32"
     kv: str = ""
     start: str = "auto"
-    own_text: int = 512
+    own_text: int = 1024
     every: int = 100
     patience: int = 0
     seed: int = 0

@@ -99,7 +99,7 @@ def run(
         "step": result.step,
         "steps": len(result.curve),
         "nll": result.nll,
-        "tokens": sum(len(s) - 1 for s in train),
+        "tokens": sum(len(s) - 1 for s in {id(s): s for s in train}.values()),
         "heldout_tokens": sum(len(s) - 1 for s in measured),
         "measured": result.measured,
         "curve": result.curve,

@@ -18,7 +18,10 @@ from halfbyte.converter.weights import Weights
 from halfbyte.formats.errors import UsageError
 
 HELD_OUT = 16  # of so many sequences one is kept for measuring, where no held-out text is given
-ROUND = 128  # sequences written at once
+STREAMS = 128  # documents of its own that the float model writes at once, at most
+SHARE = 1 / 3  # of the sequences are the texts given, repeated for that
+TIMES = 4  # at most
+SEED = 1000  # of them, plus a large multiple of the option: no other own text has it
 
 Sequences = list[list[int]]
 
@@ -35,9 +38,13 @@ def sequences(
 ) -> tuple[Sequences, Sequences]:
     """(to train on, held out) of texts, then of the float model itself, which is written to `folder` meanwhile.
 
+    What it writes is read like any other text, documents with blank lines between them, in windows: `own_text` of
+    them, give or take a few. The sequences of the texts come several times where they are few (`SHARE`).
+
     Raises UsageError for texts that cannot be used and where there is too little.
     """
     from halfbyte.converter import calibrate
+    from halfbyte.converter.evaluate import own_text
 
     if not tokenizer and (texts or heldout):
         raise UsageError("a text needs a tokenizer, and the model has none")
@@ -49,21 +56,28 @@ def sequences(
         return calibrate.sequences(reader, template, path, length, None)
 
     found = [s for path in texts for s in read(path)]
+    given = len(found)
     count = options.own_text
     if count and tokenizer:
         with tempfile.TemporaryDirectory(prefix=".halfbyte-", dir=folder) as temporary:
-            path = Path(temporary) / "float.hb"
+            path, own = Path(temporary) / "float.hb", Path(temporary) / "own.txt"
             assemble_float(b, path, meta, tokenizer, Weights(b))
-            for i, start in enumerate(range(0, count, ROUND)):
-                seed = options.seed * 1_000_003 + i + 1000
-                found += calibrate.own_text(path, length, min(ROUND, count - start), seed)
+            seed = options.seed * 1_000_003 + SEED
+            written = own_text(path, count * length, seed, min(STREAMS, count))
+            if written.strip():
+                own.write_text(written, encoding="utf-8", newline="")
+                found += read(own)
     if heldout is not None:
         measured = read(heldout)
     else:
         measured = found[HELD_OUT - 1 :: HELD_OUT]
         found = [s for i, s in enumerate(found) if i % HELD_OUT != HELD_OUT - 1]
+        given -= given // HELD_OUT
     if not found or not measured:
         raise UsageError(f"too little text to train on; give --text with {HELD_OUT * length} tokens or more")
+    if 0 < given < len(found):
+        times = round(SHARE / (1 - SHARE) * (len(found) - given) / given)
+        found += (min(times, TIMES) - 1) * found[:given]
     return found, measured
 
 

@@ -28,6 +28,7 @@ from halfbyte.converter.qat.text import Sequences, batch, padded
 from halfbyte.formats.errors import HalfbyteError, UsageError
 
 LOWEST = 0.02  # of the peak learning rate, at the end
+SCALES = 0.2  # of the learning rate of weights: a scale that moves takes a whole group's codes with it
 CLIP = 1.0  # largest norm of a gradient
 KEPT = 0.25  # of the memory left to training: for the float model's answers, which every epoch needs
 ROWS = 64  # of logits, that a loss is computed of at once
@@ -95,7 +96,7 @@ class Trainer:
     ):  # fmt: skip
         self.student, self.teacher, self.o = student, teacher, options
         self.train, self.heldout = train, heldout
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}  # by id of the sequence
         own = 4 * sum(p.nbytes for p in student.parameters())  # gradients, two averages, weights as rounded
         self.room = int(KEPT * max(0, psutil.virtual_memory().available - own))
         self.path, self.identity = checkpoint, identity
@@ -174,11 +175,12 @@ class Trainer:
 
         Computed for each sequence alone, so that their bits do not depend on the batch, nor on what is kept.
         """
-        found = self.kept.get(number)
+        sequence = self.sequence(number)
+        found = self.kept.get(id(sequence))  # the same one may come several times in an epoch
         if found is None:
-            found = self.teacher(torch.tensor([self.sequence(number)[:-1]]))[0]
+            found = self.teacher(torch.tensor([sequence[:-1]]))[0]
             if found.nbytes <= self.room:
-                self.kept[number] = found
+                self.kept[id(sequence)] = found
                 self.room -= found.nbytes
         return found
 
@@ -278,7 +280,7 @@ def _sizes(student: Graph) -> list[tuple[Tensor, float]]:
             out += [(m.a, rms), (m.b, m.rank**-0.5)]
         else:
             out.append((m.weight, rms))
-        out.append((m.factor, 1.0))
+        out.append((m.factor, SCALES))
     for v in student.vectors.values():
         out.append((v, max(float(v.detach().square().mean().sqrt()), 1e-3)))
     return out

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--own-text",
         type=whole(0, 1 << 20),
         metavar="N",
-        help="sequences that the float model writes itself (default: 512)",
+        help="sequences that the float model writes itself (default: 1024)",
     )
     text.add_argument(
         "--heldout", metavar="FILE", help="text that decides which step is kept (default: 1 sequence of 16)"

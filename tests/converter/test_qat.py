@@ -286,6 +286,54 @@ def test_resuming_gives_the_same_curve(torch, folder: Path, tmp_path: Path) -> N
             assert all(np.array_equal(a, found.planes[i][k]) for k, a in planes.items())
 
 
+def test_scales_learn_slower_than_weights(torch, folder: Path, tmp_path: Path) -> None:
+    """Adam's first step is the learning rate wherever there is a gradient: of scales a share of it."""
+    from halfbyte.converter.qat.training import SCALES
+
+    _, t = trainer(folder, "q3", tmp_path / "qat", lr=0.001, warmup=0.0)
+    before = [(m.weight.detach().clone(), m.factor.detach().clone()) for m in t.student.quantizers().values()]
+    t._step()
+    for (weight, factor), m in zip(before, t.student.quantizers().values()):
+        step = 0.001 * float(weight.square().mean().sqrt())
+        assert 0.9 * step < float((m.weight - weight).detach().abs().max()) < 1.1 * step
+        assert 0.9e-3 * SCALES < float((m.factor - factor).detach().abs().max()) < 1.1e-3 * SCALES
+
+
+def test_texts_are_a_third_of_what_is_trained_on(torch, shared_data: Path, tmp_path: Path) -> None:
+    """Beside windows of documents that the float model writes; few of them come several times, the held-out never."""
+    from halfbyte import converter
+    from halfbyte.converter.builder import Builder
+    from halfbyte.converter.checkpoints import open_checkpoint
+    from halfbyte.converter.models import build
+    from halfbyte.converter.qat.options import Options, source_recipe, store
+    from halfbyte.converter.qat.text import TIMES, sequences
+
+    source, text = shared_data / "tinystories-656k", tmp_path / "text.txt"
+    text.write_text((shared_data / "text" / "tinystories.txt").read_text()[:6000])
+    with open_checkpoint(source, None) as checkpoint:
+        b = Builder(checkpoint, source_recipe())
+        build(b)
+        store(b, "q3")
+        tokenizer, meta = converter._text(checkpoint, b.vocab)
+        meta |= converter._facts(checkpoint, b, source, "q3", 1)
+
+        def drawn(own_text: int, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+            o = Options(recipe="q3", length=64, own_text=own_text, seed=seed)
+            return sequences(b, meta, tokenizer, "", o, [text], None, tmp_path)
+
+        alone, held = drawn(0)
+        assert len(alone) + len(held) == len({tuple(s) for s in [*alone, *held]})  # nothing twice
+        for own, times in ((4, 1), (4 * len(alone), 2), (10 * len(alone), TIMES)):
+            train, held = drawn(own)
+            counts = [train.count(s) for s in alone if s not in held]
+            assert set(counts) == {times} and not any(s in train for s in held)
+            written = [s for s in train if s not in alone]
+            assert abs(len(written) + len(held) - own) < 0.2 * own + 4
+            assert all(s[0] == 1 and 1 not in s[1:] and len(s) <= 64 for s in written)
+        assert drawn(4) == drawn(4) and drawn(4) != drawn(4, seed=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
 def test_training_stops_when_nothing_improves(torch, folder: Path, tmp_path: Path) -> None:
     _, t = trainer(folder, "q4", tmp_path / "qat", steps=50, every=1, patience=2, lr=1.0)
     try:
