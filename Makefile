@@ -83,7 +83,7 @@ demo: setup ## verify the embedded story model, tell a story
 	@$(BIN)/halfbyte demo
 
 test: dev native ## all tests, on every backend this machine can run
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-arm: dev native native-arm ## the kernels of AArch64 under qemu, and the same vectors on this machine
 	$(BIN)/python -m pytest -ra tests/native/test_native_arm.py

@@ -119,10 +119,11 @@ HB_INLINE void v16_store(float *p, v16 a) {
     _mm256_storeu_ps(p, a.l);
     _mm256_storeu_ps(p + 8, a.h);
 }
-HB_OUTLINE v16 v16_load_n(const float *p, uint32_t n) {
-    float t[16] = {0};
-    for (uint32_t i = 0; i < 16 && i < n; i++) t[i] = p[i];
-    return v16_load(t);
+HB_INLINE v16 v16_load_n(const float *p, uint32_t n) {
+    static const int32_t mask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    const __m256i *of = (const __m256i *)(const void *)(mask + 16 - (n < 16 ? n : 16));
+    return HB_V16(_mm256_maskload_ps(p, _mm256_loadu_si256(of)),
+                  _mm256_maskload_ps(p + 8, _mm256_loadu_si256(of + 1)));
 }
 HB_OUTLINE void v16_store_n(float *p, v16 a, uint32_t n) {
     float t[16];
