@@ -66,7 +66,7 @@ def test_inner_products_with_signs_are_unbiased(side: str, dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_error_of_signs_is_that_of_an_orthogonal_projection(dim: int) -> None:
-    """pi / 2 - 1 times that of the levels before them (of a Gaussian one: pi / 2), more than what a bit of levels leaves."""
+    """pi / 2 - 1 times that of the levels before them (Gaussian: pi / 2), which is more than a bit of levels leaves."""
     for side, lower, same in (("q2", "t1", "t2"), ("q3", "t2", "t3"), ("q4", "t3", "t4")):
         exact, got = products(side, dim)
         mean = ((got - exact) ** 2).mean() * dim
