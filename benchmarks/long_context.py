@@ -23,7 +23,7 @@ from halfbyte.runtime.evaluate import log_softmax
 from halfbyte.runtime.model import Model
 from halfbyte.runtime.session import Session
 
-MODES = "f32,f16,k8v8,k8v4,k4v4,tq4,tq3.5,tq3,tq2.5,tq2,tq3,0=k8v8"
+MODES = "f32,f16,k8v8,k8v4,k4v4,tq4,tq3.5,tq3,tq3-qjl,tq2.5,tq2,tq3,0=k8v8"
 PARTS, NEEDLES, CHUNK = 4, 64, 256
 
 

@@ -145,9 +145,7 @@ class Mode:
         return self.head_bytes(1, k_dim, v_dim) * 8 / (PAGE * (k_dim + v_dim))
 
 
-def layout(
-    sides: tuple[Side, Side], k_dim: int, v_dim: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def layout(sides: tuple[Side, Side], k_dim: int, v_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Offsets and bytes of the six parts of a head in a page: keys, their scales, values, theirs, signs, theirs.
 
     Codes of keys and signs are panels of 16 positions by columns (padded to 32), those of values panels of 16 columns

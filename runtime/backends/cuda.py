@@ -264,7 +264,8 @@ class Cuda(Backend):
 
     def op_attend(self, step: Step, q: Tensor, cache: int, scale: float, softcap: float) -> Tensor:
         """softmax(cap(scale * q @ K^T)) @ V over the row's window."""
-        k_dim, window, out = *(int(self.file.caches[cache][f]) for f in ("k_dim", "window")), list[Tensor]()
+        k_dim, window = (int(self.file.caches[cache][f]) for f in ("k_dim", "window"))
+        out = []
         for session, a, z, start in spans(step):
             kv, end = step.kvs[session], start + z - a
             first = max(0, start + 1 - window) if window else 0

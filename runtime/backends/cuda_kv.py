@@ -16,7 +16,8 @@ from halfbyte.runtime.kv_page import decode, encode
 class DeviceKV(KV):
     """The caches of one session as float32 [kv_heads, capacity, dim], each value rounded as its mode stores it.
 
-    Keys of two stages have 2 * k_dim columns, as `KV.read` gives them. Packed modes go through the law of `kv_page` on the host: right, and slow. Windows keep all their positions.
+    Keys of two stages have 2 * k_dim columns, as `KV.read` gives them. Packed modes go through the law of `kv_page`
+    on the host: right, and slow. Windows keep all their positions.
     """
 
     def __init__(self, caches: np.ndarray, mode: str, device: torch.device):

@@ -257,7 +257,8 @@ class Reference(Backend):
 
     def attend(self, step: Step, q: np.ndarray, cache: int, scale: float, softcap: float) -> np.ndarray:
         """softmax(cap(scale * q @ K^T)) @ V, in float64 per row, over the row's window; q as `round_query` has it."""
-        k_dim, window, rows = *(int(self.file.caches[cache][f]) for f in ("k_dim", "window")), list[np.ndarray]()
+        k_dim, window = (int(self.file.caches[cache][f]) for f in ("k_dim", "window"))
+        rows = []
         for t in range(step.rows):
             kv, end = step.kvs[step.sessions[t]], int(step.positions[t]) + 1
             start = max(0, end - window) if window else 0

@@ -230,7 +230,10 @@ def attend_cases(v: Vectors, rng) -> None:
         ((1, 80, 96, 70), 7),
     ]
     for (shape, heads), mode, softcap in (
-        (s, m, c) for s in shapes for m in ("f32", "f16", "k8v8", "k8v4", "tq3", "kt1v8", "tq3-qjl") for c in (0.0, 5.0)
+        (s, m, c)
+        for s in shapes
+        for m in ("f32", "f16", "k8v8", "k8v4", "tq3", "kt1v8", "tq3-qjl")
+        for c in (0.0, 5.0)
     ):
         rows, (kv_heads, k_dim, v_dim, _) = 90, shape
         widths = (heads * k_dim, kv_heads * k_dim, kv_heads * v_dim)

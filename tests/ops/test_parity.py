@@ -194,7 +194,17 @@ STEPS = [
 ]
 
 
-SIDES = ("f32", "f16", "k8v8", "k4v4", "tq4", "tq3", "tq2", "k8vt1", "tq3-qjl")  # every form of keys and of values
+SIDES = (
+    "f32",
+    "f16",
+    "k8v8",
+    "k4v4",
+    "tq4",
+    "tq3",
+    "tq2",
+    "k8vt1",
+    "tq3-qjl",
+)  # every form of keys and of values
 
 
 @pytest.mark.parametrize("mode", SIDES)

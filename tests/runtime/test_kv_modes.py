@@ -66,7 +66,7 @@ def test_inner_products_with_signs_are_unbiased(side: str, dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_error_of_signs_is_that_of_an_orthogonal_projection(dim: int) -> None:
-    """pi / 2 - 1 times that of the levels before them (a Gaussian projection: pi / 2), so more than one more bit of levels."""
+    """pi / 2 - 1 times that of the levels before them (Gaussian: pi / 2), which is more than a bit of levels leaves."""
     for side, lower, same in (("q2", "t1", "t2"), ("q3", "t2", "t3"), ("q4", "t3", "t4")):
         exact, got = products(side, dim)
         mean = ((got - exact) ** 2).mean() * dim
@@ -96,14 +96,16 @@ def test_scale_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("tq3", 3.2), ("tq4", 4.2), ("k8v4", 6.2), ("k8v8", 8.2), ("tq2", 2.2), ("tq3-qjl", 3.2)]
+    ("name", "most"),
+    [("tq3", 3.2), ("tq4", 4.2), ("k8v4", 6.2), ("k8v8", 8.2), ("tq2", 2.2), ("tq3-qjl", 3.2)],
 )
 def test_bits_of_a_value_as_stored(name: str, most: float) -> None:
     assert kv_modes.mode(name).bits_per_value(64, 64) <= most
 
 
 @pytest.mark.parametrize(
-    "name", ["q5", "k8", "k8v", "kf16v8", "k9v4", "k8vq3", "kq5v4", "tq3,7=k8v8", "tq3,x=k8v8", "tq3,0=f16", "tq3,0"]
+    "name",
+    ["q5", "k8", "k8v", "kf16v8", "k9v4", "k8vq3", "kq5v4", "tq3,7=k8v8", "tq3,x=k8v8", "tq3,0=f16", "tq3,0"],
 )
 def test_unknown_modes(name: str) -> None:
     with pytest.raises(UsageError, match="kv mode"):
