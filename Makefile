@@ -76,7 +76,7 @@ sanitize: dev native ## the C library under address, undefined-behaviour and thr
 	HALFBYTE_SANITIZE=1 $(BIN)/python -m pytest -ra tests/native/test_native_sanitizers.py
 
 SECONDS ?= 60
-fuzz: dev ## the C library against hostile files and sessions for SECONDS each (needs clang with libFuzzer)
+fuzz: dev ## the C library against hostile files and sessions for SECONDS of processor time each (needs clang with libFuzzer)
 	$(BIN)/python native/fuzz/run.py $(SECONDS)
 
 demo: setup ## verify the embedded story model, tell a story

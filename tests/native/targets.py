@@ -84,7 +84,7 @@ WINDOWS = Target(
     ".exe",
     (WINE,),
     # Wine takes its DLLs from where they are installed, instead of filling a folder with copies, 700 MB of them.
-    {"WINEPREFIX": str(PREFIX), "WINEBOOTSTRAPMODE": "1", "WINEDEBUG": "-all"},
+    {"WINEPREFIX": str(PREFIX), "WINEBOOTSTRAPMODE": "1", "WINEDEBUG": "-all", "LC_ALL": "C.UTF-8"},
     (PREFIX / ".update-timestamp", "disable\n"),
 )
 TARGETS = (AARCH64, MUSL, WINDOWS)

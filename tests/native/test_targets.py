@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
+from client import COUNT, chatty_file, check_client, continued
 from crossed import ZIG, cross, wasm
-from story import story_folder
 from targets import AARCH64, HOST, TARGETS, WINDOWS, Target
 from test_native_arm import vectors  # noqa: F401
 
@@ -24,12 +23,10 @@ import halfbyte
 from halfbyte.runtime.backends import native
 from halfbyte.runtime.conversation import prompt_ids
 from halfbyte.runtime.generate import generate
-from halfbyte.runtime.model import Model, load
-from halfbyte.runtime.session import Session
+from halfbyte.runtime.model import load
 
 LARGEST = 400_000  # bytes of the module
 LARGEST_LIBRARY = 500_000  # of the library for AArch64 with every kernel, stripped
-COUNT = 10
 
 pytestmark = pytest.mark.skipif(
     native.library_path() is None, reason="the native library is not built (make native)"
@@ -41,16 +38,6 @@ def target(request: pytest.FixtureRequest) -> Target:
     """Each system in turn, with the library built for it; skipped, saying so, where its tools are missing."""
     request.param.built()
     return request.param
-
-
-def continued(model: Model, session: Session, ids: list[int], count: int) -> list[int]:
-    """Up to `count` greedy tokens after ids."""
-    out = list[int]()
-    logits = session.feed(ids)
-    while len(out) < count and not (out and out[-1] in model.eos_ids):
-        out.append(int(np.argmax(logits)))
-        logits = session.feed(out[-1:])
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +53,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     for file in sorted(folder.glob("*.hb")):
         model = load(file, backend="native")
         prompt = [(7 * i + 3) % model.vocab_size for i in range(5)]
-        found[file] = prompt, continued(model, model.session(), prompt, COUNT)
+        found[file] = prompt, continued(model, model.session(), prompt)
     return found
 
 
@@ -78,46 +65,11 @@ def test_the_tokens_of_python(target: Target, greedy: dict[Path, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with tokenizer and chat template, whose path takes more than ASCII."""
-    folder = tmp_path_factory.mktemp("story")
-    template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    path = folder / "\u00e9\u4f60\U0001f916" / "story.hb"
-    path.parent.mkdir()
-    halfbyte.convert(story_folder(folder / "hf", template=template, context=256), path, recipe="q4")
-    return path
+    return chatty_file(tmp_path_factory.mktemp("story"))
 
 
 def test_an_app_without_python(target: Target, story: Path, tmp_path: Path) -> None:
-    """native/tests/client.c: files in four ways, tokenizer, state, memory, cancelling; 5 GB into a file too."""
-    model = load(story, backend="native")
-    assert model.tokenizer
-    texts = ["Once upon a time", "I'll count: one, \u00e9\u0301 \u4f60\u597d \U0001f916  two\t!", " "]
-    saved, asset, offsets = (
-        story.parent / f"saved.{target.name}",
-        tmp_path / "asset",
-        (5 << 30, (6 << 30) + 100),
-    )
-    with asset.open("wb") as f:
-        for offset in offsets:
-            f.seek(offset)
-            f.write(story.read_bytes())
-    lines = [str(story), str(saved), str(asset), *map(str, offsets), *texts]
-    (tmp_path / "script").write_bytes("".join(f"{line}\n" for line in lines).encode())
-    *pairs, tokens, end = target.run("client", tmp_path / "script").decode().split("\n")
-    ids = [[int(i) for i in line.split()] for line in pairs[::2]]
-    assert ids == [model.tokenizer.encode(t) for t in texts]
-    assert pairs[1::2] == texts and end == ""
-    want = list[int]()
-    logits = (session := model.session()).feed(ids[0])
-    for _ in range(COUNT):
-        want.append(int(np.argmax(logits)))
-        logits = session.feed(want[-1:])
-    assert [int(i) for i in tokens.split()] == want
-    loaded = Session.load(model, saved)
-    assert continued(model, loaded, [5], COUNT) == continued(model, session, [5], COUNT)
+    check_client(target, story, tmp_path)
 
 
 def test_chat(target: Target, story: Path, tmp_path: Path) -> None:
