@@ -50,8 +50,8 @@ class Options:
     for the weights themselves. policy: round activations as i8g32 does, or not (f32); kv: round keys and values as
     this mode, '' for not at all. start: codes and scales to start from, 'rtn' or 'gptq' (calibrated on the first
     text); auto is gptq above 2 bits where it can. own_text: sequences that the float model writes itself, if it has a
-    tokenizer, beside those of the texts. every: steps between two measurements on held-out text and checkpoints;
-    patience: of them without improvement that stop the training, 0 for none.
+    tokenizer, beside those of the texts (`qat.text.sequences`). every: steps between two measurements on held-out text
+    and checkpoints; patience: of them without improvement that stop the training, 0 for none.
     """
 
     recipe: str = "q4"
