@@ -17,7 +17,7 @@ STORAGES = {
     "ternary": Storage("i2", 64, "f16"),
 }
 # The fewer bits, the further weights have to go; the more, the less noise the codes bear.
-RATES = {2: 0.01, 3: 0.003}
+RATES = {2: 0.01, 3: 0.002}
 RATE = 0.001  # of 4 bits and more
 POLICIES = ("i8g32", "f32")
 STARTS = ("auto", "gptq", "rtn")
