@@ -17,7 +17,7 @@ STORAGES = {
     "ternary": Storage("i2", 64, "f16"),
 }
 # The fewer bits, the further weights have to go; the more, the less noise the codes bear.
-RATES = {2: 0.01, 3: 0.003}
+RATES = {2: 0.01, 3: 0.002}
 RATE = 0.001  # of 4 bits and more
 POLICIES = ("i8g32", "f32")
 STARTS = ("auto", "gptq", "rtn")
@@ -50,8 +50,8 @@ class Options:
     for the weights themselves. policy: round activations as i8g32 does, or not (f32); kv: round keys and values as
     this mode, '' for not at all. start: codes and scales to start from, 'rtn' or 'gptq' (calibrated on the first
     text); auto is gptq above 2 bits where it can. own_text: sequences that the float model writes itself, if it has a
-    tokenizer, beside those of the texts. every: steps between two measurements on held-out text and checkpoints;
-    patience: of them without improvement that stop the training, 0 for none.
+    tokenizer, beside those of the texts (`qat.text.sequences`). every: steps between two measurements on held-out text
+    and checkpoints; patience: of them without improvement that stop the training, 0 for none.
     """
 
     recipe: str = "q4"

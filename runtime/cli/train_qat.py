@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=number,
         metavar="X",
-        help="peak learning rate, as a share of a tensor's rms (default: .001; 3 bits .003, fewer .01)",
+        help="peak learning rate, as a share of a tensor's rms (default: .001; 3 bits .002, fewer .01)",
     )
     loop.add_argument(
         "--warmup", type=number, metavar="X", help="share of the steps in which it rises (default: 0.05)"
