@@ -44,7 +44,7 @@ def train(source: Path, out: Path, stories: list[str], steps: int, seed: int) ->
 def measure(source: Path, trained: Path, stories: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
     """(file, text, what `evaluate.measure` finds) of the trained file and of q4- without training, against floats."""
     import halfbyte
-    from halfbyte.converter.calibrate import own_text
+    from halfbyte.converter.calibrate import own_sequences
     from halfbyte.runtime.evaluate import measure
 
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ def measure(source: Path, trained: Path, stories: list[str]) -> list[tuple[str, 
         read = reference.tokenizer.encode
         texts = {
             "real stories, held out": [read(s, special=False)[:LENGTH] for s in stories],
-            "its own text": own_text(paths["f32"], LENGTH, UNSEEN, UNSEEN_SEED),
+            "its own text": own_sequences(paths["f32"], LENGTH, UNSEEN, UNSEEN_SEED),
         }
         return [
             (name, text, measure(halfbyte.load(paths[name]), parts, against=reference))

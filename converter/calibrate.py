@@ -41,6 +41,7 @@ from halfbyte.converter.calibration.cuts import (
     used,
     write_program,
 )
+from halfbyte.converter.calibration.own_text import own_text
 from halfbyte.converter.calibration.route import Route, Visits
 from halfbyte.converter.calibration.statistics import Collector, Statistics
 from halfbyte.converter.weights import Weights
@@ -398,17 +399,24 @@ def sequences(
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
     if path.suffix == ".jsonl":
-        found = [s[:length] for s in _documents(tokenizer, template, path, text)]
+        found = [s[:length] for s in _documents(tokenizer, template, path, text) if len(s) > 1]
     else:
-        start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-        ids = tokenizer.encode(text, bos=False, special=False)
-        step = max(1, length - len(start))
-        found = [start + ids[i : i + step] for i in range(0, len(ids), step)]
-    found = [s for s in found if len(s) > 1] if text.strip() else []
+        found = windows(tokenizer, text, length)
     if not found:
         raise UsageError(f"{path} has no text to calibrate on")
     chosen = np.unique(np.linspace(0, len(found) - 1, most or len(found)).astype(int))
     return [found[i] for i in chosen]
+
+
+def windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
+    """A text as sequences of 2 to `length` tokens, each with the tokenizer's BOS; none of a blank text."""
+    if not text.strip():
+        return []
+    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    ids = tokenizer.encode(text, bos=False, special=False)
+    step = max(1, length - len(start))
+    found = (start + ids[i : i + step] for i in range(0, len(ids), step))
+    return [s for s in found if len(s) > 1]
 
 
 def _documents(tokenizer: Tokenizer, template: str, path: Path, text: str) -> Iterator[list[int]]:
@@ -448,30 +456,10 @@ def tokenizer_of(json_: bytes, meta: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def own_text(path: Path, context: int, count: int, seed: int = 0) -> list[list[int]]:
-    """`count` sequences that the model of a float file writes itself, sampled at temperature 1 from BOS on.
-
-    What a model was trained on is unknown, but it can tell: for a narrow model its own text is worth far more than
-    anyone's mix. After an end token it starts again with BOS. Empty for a tokenizer without BOS and end token.
-    """
-    from halfbyte.runtime.backends.backend import Step
+def own_sequences(path: Path, context: int, count: int, seed: int = 0) -> list[list[int]]:
+    """At most `count` windows of what the model of a float file writes itself (`own_text`), read as a text is."""
     from halfbyte.runtime.model import load
 
-    model = load(path, policy="f32", kv="f32")
-    ends = np.array(model.eos_ids, np.int64)
-    first = model.tokenizer.bos_id
-    first = int(ends[0]) if first is None and len(ends) else first
-    if first is None:
-        return []
     length = min(LENGTH, context)
-    random = np.random.default_rng(seed)
-    kvs = [model.new_kv() for _ in range(count)]
-    for kv in kvs:
-        kv.reserve(length)
-    rows = np.arange(count, dtype=np.int32)
-    ids = np.full((length, count), first, np.int32)
-    for position in range(length - 1):
-        logits = model.run(Step(ids[position], np.full(count, position, np.int32), rows, rows, kvs))
-        following = (logits + random.gumbel(size=logits.shape)).argmax(axis=1)
-        ids[position + 1] = np.where(np.isin(following, ends), first, following)
-    return [column.tolist() for column in ids.T]
+    text = own_text(path, count * length, seed, count)
+    return windows(load(path).tokenizer, text, length)[:count]

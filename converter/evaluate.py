@@ -19,6 +19,7 @@ from halfbyte.converter import models
 from halfbyte.converter.assemble import assemble
 from halfbyte.converter.builder import Builder
 from halfbyte.converter.calibrate import LENGTH, sequences, tokenizer_of
+from halfbyte.converter.calibration.own_text import own_text
 from halfbyte.converter.checkpoints.checkpoint import Checkpoint
 from halfbyte.converter.plan import Plan, Progress
 from halfbyte.converter.recipe import Recipe, Storage
@@ -27,11 +28,7 @@ from halfbyte.formats.proof import BINS, Closeness, histogram
 
 BUILT_IN = Path(__file__).parent / "calibration" / "heldout.txt"
 OWN, OURS = "the model's own text", "built-in text"
-SEED, TOKENS, STREAMS = (
-    1,
-    4096,
-    8,
-)  # of the model's own text, written in so many streams; calibration has seed 0
+SEED, TOKENS, STREAMS = 1, 4096, 8  # of the model's own text; calibration has seed 0
 FLOATS = ("f32", "f16", "bf16")
 NOT_FINITE = "the model's output is not finite"
 
@@ -101,7 +98,7 @@ def measure(
     ctx = min(LENGTH, model.context_length)
     if ctx < 2:
         raise UsageError("the context holds no two tokens")
-    text = heldout or HeldOut.of(OWN, own_text(float_path) if own else "")
+    text = heldout or HeldOut.of(OWN, own_text(float_path, TOKENS, SEED, STREAMS) if own else "")
     parts = text.ids or windows(model, text.text, ctx)
     if not parts and not heldout:
         text = HeldOut.of(OURS, BUILT_IN.read_text(encoding="utf-8"))
@@ -136,42 +133,6 @@ def measure(
         top1_agreement=found["top1_agreement"],
         kld_histogram=histogram(found["kld"]),
     )
-
-
-def own_text(path: Path, tokens: int = TOKENS, seed: int = SEED, streams: int = STREAMS) -> str:
-    """What the model of a float file writes: documents sampled at temperature 1, with a blank line between them.
-
-    tokens: of them all; streams: documents written at once.
-
-    Unlike in calibration (`calibrate.own_text`) each document starts from nothing, as the model's own do. Empty for a
-    tokenizer without BOS and end token.
-    """
-    from halfbyte.runtime.backends.backend import Step
-    from halfbyte.runtime.model import load
-
-    model = load(path, policy="f32", kv="f32")
-    start = model.tokenizer.bos_id
-    start = next(iter(model.eos_ids), None) if start is None else start
-    if start is None:
-        return ""
-    ends = {start, *model.eos_ids}
-    length, steps = min(LENGTH, model.context_length), -(-tokens // streams)
-    random = np.random.default_rng(seed)
-    rows = np.arange(streams, dtype=np.int32)
-    written, kvs = [[start] for _ in rows], [model.new_kv() for _ in rows]
-    documents = []
-    for step in range(steps):
-        positions = np.array([len(s) - 1 for s in written], np.int32)
-        for kv, position in zip(kvs, positions.tolist()):
-            kv.reserve(position + 1, position)
-        ids = np.array([s[-1] for s in written], np.int32)
-        logits = model.run(Step(ids, positions, rows, rows, kvs))
-        for i, token in enumerate((logits + random.gumbel(size=logits.shape)).argmax(axis=1).tolist()):
-            written[i] += [] if token in ends else [token]
-            if token in ends or len(written[i]) == length or step == steps - 1:
-                documents.append(model.tokenizer.decode(written[i][1:]).strip())
-                written[i], kvs[i] = [start], model.new_kv()
-    return "\n\n".join(filter(None, documents))
 
 
 def _save(path: Path, text: str) -> None:

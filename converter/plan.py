@@ -107,7 +107,7 @@ class Plan:
         with tempfile.TemporaryDirectory(prefix=".halfbyte-", dir=folder) as temporary:
             path = Path(temporary) / "float.hb"
             assemble_float(self.b, path, self.meta, self.tokenizer, self.weights)
-            written = c.own_text(path, self.b.context_limit, own)
+            written = c.own_sequences(path, self.b.context_limit, own)
         if written:
             keep = np.unique(np.linspace(0, len(given) - 1, c.SEQUENCES - own).astype(int))
             given = [given[i] for i in keep]

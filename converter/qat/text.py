@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halfbyte.converter.assemble import assemble_float
 from halfbyte.converter.builder import Builder
+from halfbyte.converter.calibration.own_text import own_text
 from halfbyte.converter.qat.options import Options
 from halfbyte.converter.weights import Weights
 from halfbyte.formats.errors import UsageError
@@ -44,7 +45,6 @@ def sequences(
     Raises UsageError for texts that cannot be used and where there is too little.
     """
     from halfbyte.converter import calibrate
-    from halfbyte.converter.evaluate import own_text
 
     if not tokenizer and (texts or heldout):
         raise UsageError("a text needs a tokenizer, and the model has none")

@@ -12,7 +12,8 @@ import halfbyte
 from halfbyte.converter import models
 from halfbyte.converter.blas import Products, mirror
 from halfbyte.converter.builder import Builder, Matrix
-from halfbyte.converter.calibrate import Calibration, Statistics, own_text, sequences
+from halfbyte.converter.calibrate import Calibration, Statistics, own_sequences, sequences
+from halfbyte.converter.calibration.own_text import own_documents
 from halfbyte.converter.checkpoints import open_checkpoint
 from halfbyte.converter.recipe import recipe
 from halfbyte.converter.weights import Weights
@@ -236,13 +237,18 @@ def test_the_built_in_mix_suits_every_tokenizer(chatty: halfbyte.Model) -> None:
 
 
 def test_a_model_writes_its_own_text(chatty: halfbyte.Model) -> None:
-    """Likely text by the model's own judgement, the same every time, and without a BOS a tokenizer of none."""
-    got = own_text(chatty.file.path, 40, 12)
-    assert got == own_text(chatty.file.path, 40, 12) and got != own_text(chatty.file.path, 40, 12, seed=1)
-    assert len(got) == 12 and all(len(s) == 40 and s[0] == chatty.tokenizer.bos_id for s in got)
-    logits = np.concatenate([chatty.session().feed_all(s[:-1]) for s in got]).astype(np.float64)
-    following = np.concatenate([s[1:] for s in got])
+    """Documents that are likely by the model's own judgement, the same every time, and windows of their text."""
+    path, start = chatty.file.path, chatty.tokenizer.bos_id
+    documents = own_documents(path, 480, 0, 12)
+    assert documents == own_documents(path, 480, 0, 12) and documents != own_documents(path, 480, 1, 12)
+    assert len(documents) >= 12 and 300 < sum(map(len, documents)) <= 480
+    read = [[start, *ids] for ids in documents if ids]
+    logits = np.concatenate([chatty.session().feed_all(s[:-1]) for s in read]).astype(np.float64)
+    following = np.concatenate([s[1:] for s in read])
     p = np.exp(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
     likelihood = np.log(p[np.arange(len(p)), following]).mean()
     entropy = (p * np.log(p)).sum(axis=1).mean()
     assert likelihood == pytest.approx(entropy, abs=0.1) and entropy > -np.log(p.shape[1]) + 0.2
+    got = own_sequences(path, 40, 12)
+    assert 6 <= len(got) <= 12 and all(len(s) == 40 for s in got[:-1])
+    assert all(s.count(start) == 1 and s[0] == start for s in got)

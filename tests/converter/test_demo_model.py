@@ -104,7 +104,7 @@ def test_the_file_runs_on_every_backend(backend: str) -> None:
 
 def test_the_file_is_closer_than_four_bits_without_training(untrained: dict[str, Path]) -> None:
     """KL divergence from the float model on text that it writes itself; the training's had other seeds."""
-    parts = calibrate.own_text(untrained["f32"], 256, 16, seed=12345)
+    parts = calibrate.own_sequences(untrained["f32"], 256, 16, seed=12345)
     reference = halfbyte.load(untrained["f32"])
     files = {"trained": SHIPPED, "rtn": untrained["rtn"], "gptq": untrained["gptq"]}
     kl = {n: measure(halfbyte.load(p), parts, against=reference)["kld_mean"] for n, p in files.items()}
