@@ -118,6 +118,13 @@ def test_steps_out_of_range_are_refused(rig):
     for bad in ([1], [-1]):
         b.run({}, 1, 1, sessions=bad, kvs=[kv], status=lib.HB_ERROR_SESSION)
         b.run({}, 1, 1, picks=bad, kvs=[kv], status=lib.HB_ERROR_PICK)
+    kv = KV(np.array([shape], program.CACHE_DTYPE), "tq3-qjl")
+    good, q3 = int(kv.words[0]), int(kv.words[0]) & 255
+    b.run({}, 1, 1, kvs=[kv])
+    # signs of values, or in the first page; a side that there is not; floats beside codes
+    for bad in (good & ~0xFF00 | q3 << 8, good & ~0xFF0000 | q3 << 16, good | 0xFF, good & ~0xFF):
+        kv.words[0] = bad
+        b.run({}, 1, 1, kvs=[kv], status=lib.HB_ERROR_ARGUMENT)
 
 
 def test_what_cannot_be_bound_is_refused_in_words(rig):
