@@ -60,7 +60,7 @@ class Options:
     length: int = 512
     lr: float | None = None
     warmup: float = 0.05
-    ce: float = 0.0
+    ce: float = 0.005
     freeze: float = 0.8
     lora_rank: int = 0
     policy: str = "i8g32"
