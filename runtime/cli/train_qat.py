@@ -60,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warmup", type=number, metavar="X", help="share of the steps in which it rises (default: 0.05)"
     )
     loop.add_argument(
-        "--ce", type=number, metavar="X", help="weight of the text itself beside the float model (default: 0.005)"
+        "--ce",
+        type=number,
+        metavar="X",
+        help="weight of the text itself beside the float model (default: 0.005)",
     )
     loop.add_argument(
         "--freeze",
