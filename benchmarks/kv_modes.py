@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     model = halfbyte.load(args.model, backend="reference")
     ctx = min(512, model.context_length)
-    parts = cut(windows(model, Path(args.text).read_text(encoding="utf-8"), ctx), args.tokens)
+    parts = cut(windows(model.tokenizer, Path(args.text).read_text(encoding="utf-8"), ctx), args.tokens)
     law = [log_softmax(logits(model, p, None, None)) for p in parts]
     targets = [np.asarray(p[1:]) for p in parts]
     count = sum(map(len, targets))

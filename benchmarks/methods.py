@@ -84,7 +84,7 @@ class Bench:
         self.text, self.calibration_text = inputs.text, inputs.calibration
         self.folder = folder
         self.reference = halfbyte.load(self.convert(self.source, "f32"), policy="f32")
-        self.ids = windows(self.reference, self.calibration_text, self.ctx)
+        self.ids = windows(self.reference.tokenizer, self.calibration_text, self.ctx)
 
     def convert(self, source: Path, name: str) -> Path:
         """The f32 file of a checkpoint."""

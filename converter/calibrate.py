@@ -390,6 +390,8 @@ def sequences(
     (rendered by the model's chat template, each chat a sequence) or {"text": ...}; None is the built-in mix. Where
     there is more than fits, what is taken lies evenly spaced. Raises UsageError for a file that cannot be used.
     """
+    from halfbyte.runtime.evaluate import windows
+
     length = min(LENGTH, context)
     path = path or BUILT_IN
     try:
@@ -399,24 +401,14 @@ def sequences(
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
     if path.suffix == ".jsonl":
-        found = [s[:length] for s in _documents(tokenizer, template, path, text) if len(s) > 1]
+        found = [s[:length] for s in _documents(tokenizer, template, path, text)]
+        found = [s for s in found if len(s) > 1]
     else:
-        found = windows(tokenizer, text, length)
+        found = windows(tokenizer, text, length) if text.strip() else []
     if not found:
         raise UsageError(f"{path} has no text to calibrate on")
     chosen = np.unique(np.linspace(0, len(found) - 1, most or len(found)).astype(int))
     return [found[i] for i in chosen]
-
-
-def windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
-    """A text as sequences of 2 to `length` tokens, each with the tokenizer's BOS; none of a blank text."""
-    if not text.strip():
-        return []
-    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    ids = tokenizer.encode(text, bos=False, special=False)
-    step = max(1, length - len(start))
-    found = (start + ids[i : i + step] for i in range(0, len(ids), step))
-    return [s for s in found if len(s) > 1]
 
 
 def _documents(tokenizer: Tokenizer, template: str, path: Path, text: str) -> Iterator[list[int]]:
@@ -458,6 +450,7 @@ def tokenizer_of(json_: bytes, meta: Mapping[str, Any]) -> Tokenizer:
 
 def own_sequences(path: Path, context: int, count: int, seed: int = 0) -> list[list[int]]:
     """At most `count` windows of what the model of a float file writes itself (`own_text`), read as a text is."""
+    from halfbyte.runtime.evaluate import windows
     from halfbyte.runtime.model import load
 
     length = min(LENGTH, context)

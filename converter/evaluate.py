@@ -99,10 +99,10 @@ def measure(
     if ctx < 2:
         raise UsageError("the context holds no two tokens")
     text = heldout or HeldOut.of(OWN, own_text(float_path, TOKENS, SEED, STREAMS) if own else "")
-    parts = text.ids or windows(model, text.text, ctx)
+    parts = text.ids or windows(model.tokenizer, text.text, ctx)
     if not parts and not heldout:
         text = HeldOut.of(OURS, BUILT_IN.read_text(encoding="utf-8"))
-        parts = windows(model, text.text, ctx)
+        parts = windows(model.tokenizer, text.text, ctx)
     if not parts:
         raise UsageError("the text is too short: it needs at least two tokens")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from halfbyte.formats.errors import UsageError
 from halfbyte.runtime.model import Model
+from halfbyte.runtime.tokenizer import Tokenizer
 
 ROWS = 32  # rows whose logits are held at once: memory stays O(vocabulary)
 
@@ -20,12 +21,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
 
 
-def windows(model: Model, text: str, ctx: int) -> list[list[int]]:
-    """The text in non-overlapping windows of at most `ctx` tokens, each with the start token if the model uses one."""
-    tokenizer = model.tokenizer
+def windows(tokenizer: Tokenizer, text: str, ctx: int) -> list[list[int]]:
+    """The text in non-overlapping windows of at most `ctx` tokens, each with the start token if one is added."""
     ids = tokenizer.encode(text, bos=False, special=False)
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    step = ctx - len(start)
+    step = max(1, ctx - len(start))
     return [start + ids[i : i + step] for i in range(0, len(ids), step) if len(start + ids[i : i + step]) > 1]
 
 
@@ -47,12 +47,12 @@ def evaluate(
             raise UsageError(
                 f"--ctx must lie between 2 and the model's context of {m.context_length}, not {ctx}"
             )
-    parts = windows(model, text, ctx)
+    parts = windows(model.tokenizer, text, ctx)
     if not parts:
         raise UsageError("the text is too short: it needs at least two tokens")
     if against is not None and (
         against.vocab_size != model.vocab_size
-        or windows(against, text[:4096], ctx) != windows(model, text[:4096], ctx)
+        or windows(against.tokenizer, text[:4096], ctx) != windows(model.tokenizer, text[:4096], ctx)
     ):
         raise UsageError("the two files use different tokenizers, so their logits cannot be compared")
     found = measure(model, parts, against=against, progress=progress)

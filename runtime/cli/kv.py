@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ctx and args.ctx > model.context_length:
         raise UsageError(f"--ctx {args.ctx}: the model's context is {model.context_length}")
     contexts = sorted({min(SHORT, longest), longest})
-    parts = [cut(windows(model, text, ctx), args.tokens) for ctx in contexts]
+    parts = [cut(windows(model.tokenizer, text, ctx), args.tokens) for ctx in contexts]
     kld: dict[str, list[float]] = {n: [] for n in names}
     nll: dict[str, list[float]] = {n: [] for n in names}
     for ctx, some in zip(contexts, parts):
