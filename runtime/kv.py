@@ -130,7 +130,8 @@ class KV:
             assert page is not None, (cache, at)
             a, z = max(start, at), min(end, at + PAGE)
             k, v = (side[:, a - at : z - at] for side in page.read())
-            parts.append([np.pad(k, ((0, 0), (0, 0), (0, columns - k.shape[2]))), v])
+            lacking = columns - k.shape[2]
+            parts.append([np.pad(k, ((0, 0), (0, 0), (0, lacking))) if lacking else k, v])
         k, v = (np.concatenate(sides, axis=1) for sides in zip(*parts))
         return k, v
 

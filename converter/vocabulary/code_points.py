@@ -42,15 +42,13 @@ def matching(pattern: str) -> np.ndarray:
     """bool[0x110000]: the characters that a pattern of one character matches, in the library's regular expressions."""
     from tokenizers import Regex, normalizers
 
-    found = np.zeros(0x110000, bool)
-
-    def look(mark: str, text: str, points: np.ndarray) -> None:
-        replaced = normalizers.Replace(Regex(pattern), mark).normalize_str(text).encode("utf-32-le")
-        found[points] |= np.frombuffer(replaced, "<u4") != points
-
-    for text, points in _spans(_CHANGING if _LETTER.match(pattern) else 0x110000):
-        look("\x01", text, points)
-    look("\x02", "\x01", np.array([1], "<u4"))  # a mark replaces itself unseen
+    # Runs of them are removed at once: a call for each would take four times as long.
+    without = normalizers.Replace(Regex(f"(?:{pattern})++"), "").normalize_str
+    end = _CHANGING if _LETTER.match(pattern) else 0x110000
+    found = np.arange(0x110000) < end
+    found[0xD800:0xE000] = False
+    for text, _ in _spans(end):
+        found[np.frombuffer(without(text).encode("utf-32-le"), "<u4")] = False
     return found
 
 

@@ -123,7 +123,9 @@ class Jit(Backend):
             np.array([cache for _, cache, _ in self._cached], np.int64),
             np.array([task for task, _, name in self._cached if name == "make_attend"], np.int64),
         )
-        self._kernels: dict[str, np.ndarray] = {}  # of those tasks, by stored type
+        w = self._w
+        self._cache_words = [w.KERNEL, w.UNPACK_FIRST, w.UNPACK, w.QUERY_STEPS, w.STAGES]
+        self._kernels: dict[str, np.ndarray] = {}  # those words of those tasks, by stored type
         self._bound_arena: Any = None
         self._scratch: dict[str, np.ndarray] = {}
 
@@ -377,8 +379,8 @@ class Jit(Backend):
         row = tiles.align(longest, PAGE) + PAGE
         shares, k_dim, v_dim = (int(table[tasks, i].max()) for i in (w.HALF, w.K_DIM, w.V_DIM))
         keys = k_dim * max(m.k.stages for m in step.kvs[0].modes)
-        size = shares * (row + k_dim + keys) + (PAGE + 1) * (keys + v_dim) + 64
-        table[tasks, w.KERNEL] = self._kernels[kind]
+        size = tiles.align(shares * (row + k_dim + keys) + (PAGE + 1) * (keys + v_dim) + 80, 16)
+        table[tasks[:, None], self._cache_words] = self._kernels[kind]
         table[tasks, w.KV] = _address(self._kv) + caches * self._kv.strides[0]
         table[tasks, w.POSITIONS], table[tasks, w.SESSIONS] = _address(positions), _address(sessions)
         table[tasks, w.SCRATCH] = self._grown("attend", size * self.threads, np.float32)
@@ -387,21 +389,27 @@ class Jit(Backend):
         table[attends, w.CHUNK] = reads * self._row_work[attends] >= _PARALLEL_WORK
 
     def _cache_kernels(self, kind: str) -> np.ndarray:
-        """Addresses of the kernels of the tasks that use caches of this mode."""
+        """For the tasks that use caches, in this mode: the words of `_cache_words`."""
         spec = f"{self.isa}|{self._halves}|{self._key}"
         modes = kv_modes.by_cache(kind, len(self.file.caches))
-        shares, kernels = self._table[:, self._w.HALF].tolist(), []
+        shares, words = self._table[:, self._w.HALF].tolist(), []
         with _announcing():
             for task, cache, name in self._cached:
-                mode, share = modes[cache], shares[task]
+                mode, readers = modes[cache], (0, 0)
+                sides = self._key, mode.k.name, mode.v.name
                 if name == "make_attend":
-                    sides = ("f32", share, mode.k.name, mode.v.name) if mode.packed else (mode.k.name, share)
-                    kernels.append(_compiled(name, spec, *sides))
+                    heads = next(n for n in (4, 2, 1) if shares[task] % n == 0)
+                    floats = "f32" if mode.packed else mode.k.name
+                    kernel = _compiled(name, spec, floats, heads, mode.packed)
+                    if mode.packed:
+                        pairs = (self._key, "8", "8"), sides
+                        readers = tuple(_compiled("make_unpack", *p).address for p in pairs)
                 elif mode.packed:
-                    kernels.append(_compiled("make_packed_put", self._key, mode.k.name, mode.v.name))
+                    kernel = _compiled("make_packed_put", *sides)
                 else:
-                    kernels.append(_compiled(name, spec, mode.k.name))
-        return np.array([k.address for k in kernels])
+                    kernel = _compiled(name, spec, mode.k.name)
+                words.append((kernel.address, *readers, _f64(mode.k.query_steps), mode.k.stages))
+        return np.array(words)
 
     def describe(self) -> dict[str, object]:
         """Adds the ISA of the kernels."""

@@ -14,7 +14,16 @@ import numpy as np
 from halfbyte.formats import kv_modes
 from halfbyte.formats.kv_modes import BY_SIDE, PAGE, Side
 from halfbyte.runtime.backends import jit_tiles as w
-from halfbyte.runtime.backends.jit_intrinsics import bits_f32, f32_at, f32_bits, i32_at, i64_at, keyed, u8_at
+from halfbyte.runtime.backends.jit_intrinsics import (
+    bits_f32,
+    call_kernel,
+    f32_at,
+    f32_bits,
+    i32_at,
+    i64_at,
+    keyed,
+    u8_at,
+)
 from halfbyte.runtime.backends.jit_kernels import kernel
 from halfbyte.runtime.kv_page import TILE
 
@@ -23,6 +32,7 @@ SEED, REST_SEED = np.uint64(kv_modes.SIGN_SEED), np.uint64(kv_modes.REST_SEED)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2, _ONE = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(1)
 _BASE = (127 - kv_modes.E5M3_BIAS) << 3
+KEYS, PAGE_AT, TILES, OUT, K_DIM, V_DIM, UNPACK_WORDS = range(7)  # the words that `make_unpack` reads
 
 
 @numba.njit
@@ -241,46 +251,41 @@ def _offsets(k: Side, v: Side) -> Any:
     return offsets
 
 
-def page_readers(k: str, v: str) -> tuple[Any, Any]:
-    """Functions that unpack the first `tiles` * 16 positions of head h of page number `index`, rotated.
+@numba.njit
+def unpack(kernel, a, at, keys, page, tiles, out, h):
+    """Of head h of a page: keys or values as rotated floats at `out`, by a kernel of `make_unpack`."""
+    words = i64_at(at)
+    words[KEYS], words[PAGE_AT], words[TILES], words[OUT] = keys, page, tiles, out
+    words[K_DIM], words[V_DIM] = a[w.K_DIM], a[w.V_DIM]
+    call_kernel(kernel, at, h, 0)
 
-    The first gives keys [4][wide][16], wide = k_dim, or of pages with signs those beside it: 2 * k_dim. The second
-    gives values [64][v_dim].
+
+def make_unpack(key: str, k: str, v: str) -> Any:
+    """Unpack the first TILES * 16 positions of head `index` of the page at PAGE_AT, rotated as they are.
+
+    KEYS: whether keys, [4][wide][16] with wide = K_DIM, or of sides with signs those beside it: 2 * K_DIM; otherwise
+    values, [64][V_DIM].
     """
     second = BY_SIDE[k].second
     signs = _reader(second or BY_SIDE["t1"], True)
     two = second is not None
-    eight = BY_SIDE["8"]
-    at0, at1 = _offsets(eight, eight), _offsets(BY_SIDE[k], BY_SIDE[v])
-    k0, k1, v0, v1 = (
-        _reader(eight, True),
-        _reader(BY_SIDE[k], True),
-        _reader(eight, False),
-        _reader(BY_SIDE[v], False),
-    )
+    offsets = _offsets(BY_SIDE[k], BY_SIDE[v])
+    read_keys, read_values = _reader(BY_SIDE[k], True), _reader(BY_SIDE[v], False)
 
-    @numba.njit
-    def read_keys(page, index, h, k_dim, v_dim, tiles, out):
-        if index == 0:
-            at = at0(k_dim, v_dim)
-            k0(page + h * at[5], page + h * at[5] + at[0], k_dim, tiles, out, 0, k_dim)
-        else:
-            at = at1(k_dim, v_dim)
-            head, wide = page + h * at[5], 2 * k_dim if two else k_dim
-            k1(head, head + at[0], k_dim, tiles, out, 0, wide)
+    def unpack_page(a, h, _):
+        keyed(key)
+        k_dim, v_dim, tiles, out = a[K_DIM], a[V_DIM], a[TILES], f32_at(a[OUT])
+        k_scales, values, v_scales, sign_codes, sign_scales, size = offsets(k_dim, v_dim)
+        head = a[PAGE_AT] + h * size
+        if a[KEYS]:
+            wide = 2 * k_dim if two else k_dim
+            read_keys(head, head + k_scales, k_dim, tiles, out, 0, wide)
             if two:
-                signs(head + at[3], head + at[4], k_dim, tiles, out, k_dim, wide)
-
-    @numba.njit
-    def read_values(page, index, h, k_dim, v_dim, tiles, out):
-        if index == 0:
-            at = at0(k_dim, v_dim)
-            v0(page + h * at[5] + at[1], page + h * at[5] + at[2], v_dim, tiles, out, 0, v_dim)
+                signs(head + sign_codes, head + sign_scales, k_dim, tiles, out, k_dim, wide)
         else:
-            at = at1(k_dim, v_dim)
-            v1(page + h * at[5] + at[1], page + h * at[5] + at[2], v_dim, tiles, out, 0, v_dim)
+            read_values(head + values, head + v_scales, v_dim, tiles, out, 0, v_dim)
 
-    return read_keys, read_values
+    return kernel(unpack_page)
 
 
 def make_packed_put(key: str, k: str, v: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numba
 
 from halfbyte.formats import encodings
-from halfbyte.formats.kv_modes import BY_SIDE, PAGE
+from halfbyte.formats.kv_modes import PAGE
 from halfbyte.runtime.backends import jit_tiles as w
 from halfbyte.runtime.backends.jit_intrinsics import (
     bits_f64,
@@ -23,7 +23,15 @@ from halfbyte.runtime.backends.jit_intrinsics import (
     store_value,
 )
 from halfbyte.runtime.backends.jit_kernels import kernel
-from halfbyte.runtime.backends.jit_kv import REST_SEED, SEED, page_readers, rotate, round_query, unrotate
+from halfbyte.runtime.backends.jit_kv import (
+    REST_SEED,
+    SEED,
+    UNPACK_WORDS,
+    rotate,
+    round_query,
+    unpack,
+    unrotate,
+)
 from halfbyte.runtime.backends.jit_math import apply, exp64, tanh64
 from halfbyte.runtime.kv_page import TILE
 
@@ -239,22 +247,17 @@ def make_kv_put(spec: str, kind: str) -> Any:
     return kernel(kv_put)
 
 
-def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> Any:
-    """attend: index = row * kv_heads + kv head, with the `share` query heads that it serves.
+def make_attend(spec: str, kind: str, heads: int, packed: bool) -> Any:
+    """attend: index = row * kv_heads + kv head, with the query heads that it serves, of which word HALF is the number.
 
-    kind: of the cache's floats; 'f32' for packed sides k and v, whose pages are turned into floats one by one.
+    kind: of the cache's floats; 'f32' of a packed cache, whose pages are turned into floats one by one.
+    heads: that one conversion of a key serves, 1, 2 or 4, a divisor of that number.
     Scores in float32 (fused, a lane is a position), softmax in float64, values summed in ascending positions.
     """
     size = encodings.FLOAT_BYTES[kind]
-    heads = next(n for n in (4, 2, 1) if share % n == 0)  # that one conversion of a key serves
-    packed = bool(k)
-    steps = numba.float32(BY_SIDE[k].query_steps if packed else 0)
-    own = steps > 0  # beside keys of pages after the first, queries are rounded
-    stages = BY_SIDE[k].stages if packed else 1  # of those keys, each with a query of its own
-    read_keys, read_values = page_readers(k or "8", v or "8")
 
     def attend(a, index, worker):
-        kv_heads, k_dim, v_dim = a[w.KV_HEADS], a[w.K_DIM], a[w.V_DIM]
+        kv_heads, share, k_dim, v_dim = a[w.KV_HEADS], a[w.HALF], a[w.K_DIM], a[w.V_DIM]
         t, h = index // kv_heads, index % kv_heads
         pages = i64_at(i64_at(a[w.KV])[i32_at(a[w.SESSIONS])[t]])
         end = numba.int64(i32_at(a[w.POSITIONS])[t]) + 1
@@ -268,7 +271,13 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
         q_at = a[w.X] + (t * a[w.X_STRIDE] + h * share * k_dim) * 4
         y_at = a[w.Y] + (t * a[w.Y_STRIDE] + h * share * v_dim) * 4
         whole_v = v_dim // 16 * 16
-        unpacked = scratch + share * row  # of packed pages: keys, values, then queries rotated, and rounded
+        steps = numba.float32(bits_f64(a[w.QUERY_STEPS]))
+        own = packed and steps > 0  # beside keys of pages after the first, queries are rounded
+        stages = a[w.STAGES] if packed else 1  # of those keys, each with a query of its own
+        wanted = (
+            scratch + share * row
+        )  # the words of `unpack`, and of packed pages: keys, values, then queries
+        unpacked = wanted + UNPACK_WORDS * 8
         unpacked_v = unpacked + PAGE * k_dim * stages * 4
         if packed:
             rotated = unpacked_v + PAGE * v_dim * 4
@@ -294,7 +303,8 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
             used = (min(PAGE, n - j) + TILE - 1) // TILE
             if packed:
                 at = first + j // PAGE
-                read_keys(pages[at], at, h, k_dim, v_dim, used, f32_at(unpacked))
+                reader = a[w.UNPACK] if at > 0 else a[w.UNPACK_FIRST]
+                unpack(reader, a, wanted, True, pages[at], used, unpacked, h)
                 keys = unpacked
                 if own and at > 0:
                     q_at, wide = rounded, stages * k_dim
@@ -326,7 +336,8 @@ def make_attend(spec: str, kind: str, share: int, k: str = "", v: str = "") -> A
             block = pages[first + j // PAGE] + head + (PAGE * k_dim + skip * v_dim) * size
             if packed:
                 at, used = first + j // PAGE, (min(PAGE, n - j) + TILE - 1) // TILE
-                read_values(pages[at], at, h, k_dim, v_dim, used, f32_at(unpacked_v))
+                reader = a[w.UNPACK] if at > 0 else a[w.UNPACK_FIRST]
+                unpack(reader, a, wanted, False, pages[at], used, unpacked_v, h)
                 block = unpacked_v + skip * v_dim * 4
             for s in range(0, share, heads):
                 p_s, y_s = scratch + s * row + (j + skip) * 4, y_at + s * v_dim * 4

@@ -29,7 +29,9 @@ WEIGHT, SHIFT, DIM, EPS, COS, SIN, HALF, SCALE, CAP, IDS = range(30, 40)
 POSITIONS, SESSIONS, KV, SCRATCH_SIZE, KV_HEADS, K_DIM, V_DIM, WINDOW, SCRATCH, SCRATCH_ROW = range(40, 50)
 # Planes that some encodings have.
 HIGH, HIGH_PANEL, SUPERS, SUPERS_PANEL, SUPERMINS = range(50, 55)
-WORDS = 56
+# Packed caches: the kernels that unpack the first page and the others, `Side.query_steps` and `Side.stages` of keys.
+UNPACK_FIRST, UNPACK, QUERY_STEPS, STAGES = range(55, 59)
+WORDS = 64
 
 _AHEAD = 4096  # bytes
 

@@ -250,19 +250,26 @@ class Reference(Backend):
 
     def kv_put(self, step: Step, k: np.ndarray, v: np.ndarray, cache: int) -> None:
         """cache[session[t], position[t]] = k[t], v[t]"""
-        for t in range(step.rows):
-            kv, position = step.kvs[step.sessions[t]], step.positions[t]
-            heads = int(self.file.caches[cache]["kv_heads"])
-            kv.put(cache, int(position), k[t].reshape(heads, 1, -1), v[t].reshape(heads, 1, -1))
+        heads = int(self.file.caches[cache]["kv_heads"])
+        ahead = (np.diff(step.sessions) == 0) & (np.diff(step.positions) == 1)
+        for run in np.split(np.arange(step.rows), np.flatnonzero(~ahead) + 1):
+            k_run, v_run = (x[run].reshape(len(run), heads, -1).swapaxes(0, 1) for x in (k, v))
+            step.kvs[step.sessions[run[0]]].put(cache, int(step.positions[run[0]]), k_run, v_run)
 
     def attend(self, step: Step, q: np.ndarray, cache: int, scale: float, softcap: float) -> np.ndarray:
         """softmax(cap(scale * q @ K^T)) @ V, in float64 per row, over the row's window; q as `round_query` has it."""
         k_dim, window = (int(self.file.caches[cache][f]) for f in ("k_dim", "window"))
+        ends = step.positions.astype(np.int64) + 1
+        starts = np.maximum(0, ends - window) if window else np.zeros_like(ends)
+        seen = {}  # by session: its cache, where what its rows see begins, and that
+        for s in set(step.sessions.tolist()):
+            kv, mine = step.kvs[s], step.sessions == s
+            first = int(starts[mine].min())
+            seen[s] = kv, first, [a.astype(np.float64) for a in kv.read(cache, first, int(ends[mine].max()))]
         rows = []
-        for t in range(step.rows):
-            kv, end = step.kvs[step.sessions[t]], int(step.positions[t]) + 1
-            start = max(0, end - window) if window else 0
-            k, v = (a.astype(np.float64) for a in kv.read(cache, start, end))
+        for t, (start, end) in enumerate(zip(starts.tolist(), ends.tolist())):
+            kv, first, sides = seen[int(step.sessions[t])]
+            k, v = (a[:, start - first : end - first] for a in sides)
             heads = q[t].reshape(len(k), -1, k_dim)  # [kv_heads, share, k_dim]
             own, split = kv.modes[cache].k, max(PAGE, start) - start  # keys of the first page differ
             near = heads.astype(np.float64) @ k[:, :split, :k_dim].transpose(0, 2, 1)
