@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from halfbyte.converter.allocation.resume import Resumable
 from halfbyte.converter.allocation.table import Measured, matrices
 from halfbyte.converter.assemble import assemble_float
 from halfbyte.converter.blas import Products, spans
@@ -110,7 +111,8 @@ class Sensitivity:
         length = max(2, min(len(max(sequences, key=len)), tokens))
         few = np.unique(np.linspace(0, len(sequences) - 1, max(1, tokens // length)).astype(int))
         self.text = [list(sequences[i][:length]) for i in few]
-        self.reference = list(logits(scratch.path, self.text, "f32"))
+        self.model = Resumable(scratch.path, self.text)
+        self.reference = list(self.model.logits())
         self.learns = method in ("gptq", "autoround")  # whose errors are about the same
         self.small = scratch.encoding == "f32"
         self.found: dict[str, dict[str, Measured]] = {}
@@ -138,6 +140,7 @@ class Sensitivity:
 
     def _matrix(self, t: Matrix, s: Statistics | None, products: Products) -> dict[str, Measured]:
         out: dict[str, Measured] = {}
+        self.model.reach(t.name)
         look = self.weights.rows(t, 0, max(tiles.PANEL, min(t.shape[0], LOOK // t.shape[1])))
         for name in ENCODINGS if self.small else (PROBE,):
             out[name] = self._encoding(t, s, name, products)
@@ -170,7 +173,7 @@ class Sensitivity:
             self.scratch.write(t, block.start, read)
             off += float(((w - read) ** 2).sum(dtype=np.float64))
             norm += float((w**2).sum(dtype=np.float64))
-        kld = divergence(self.reference, logits(self.scratch.path, self.text, "f32"))
+        kld = divergence(self.reference, self.model.logits())
         return Measured(kld, off / norm if norm else 0.0)
 
 

@@ -26,7 +26,7 @@ class Stage:
 
 def find_stages(records: np.ndarray, slots: np.ndarray) -> list[Stage]:
     """Where the runtime stops, in order, and what is live there."""
-    live_at = _liveness(records, slots)
+    live_at = live_slots(records, slots)
     stages: list[Stage] = []
     i = 0
     while i < len(records):
@@ -56,7 +56,7 @@ def overlap(slots: np.ndarray, a: int, b: int) -> bool:
     return i == j and p < q + n and q < p + m
 
 
-def _liveness(records: np.ndarray, slots: np.ndarray) -> list[list[int]]:
+def live_slots(records: np.ndarray, slots: np.ndarray) -> list[list[int]]:
     """For every record, the base slots of which some column is read at it or later before it is written."""
     live = {i: np.zeros(int(s["width"]), bool) for i, s in enumerate(slots) if int(s["base"]) == i}
     out: list[list[int]] = []

@@ -124,7 +124,7 @@ class Jit(Backend):
             np.array([task for task, _, name in self._cached if name == "make_attend"], np.int64),
         )
         w = self._w
-        self._cache_words = [w.KERNEL, w.UNPACK_FIRST, w.UNPACK, w.QUERY_STEPS, w.STAGES]
+        self._cache_words = [w.KERNEL, w.FIRST_PAGE, w.OTHER_PAGES, w.QUERY_STEPS, w.STAGES]
         self._kernels: dict[str, np.ndarray] = {}  # those words of those tasks, by stored type
         self._bound_arena: Any = None
         self._scratch: dict[str, np.ndarray] = {}
@@ -395,20 +395,20 @@ class Jit(Backend):
         shares, words = self._table[:, self._w.HALF].tolist(), []
         with _announcing():
             for task, cache, name in self._cached:
-                mode, readers = modes[cache], (0, 0)
-                sides = self._key, mode.k.name, mode.v.name
-                if name == "make_attend":
+                mode, pages = modes[cache], [0, 0]
+                attends, floats = name == "make_attend", "f32" if mode.packed else mode.k.name
+                if mode.packed:
+                    of_page = "make_unpack" if attends else "make_pack"
+                    for i, (k, v) in enumerate((("8", "8"), (mode.k.name, mode.v.name))):
+                        pages[i] = _compiled(of_page, self._key, k, v).address
+                if attends:
                     heads = next(n for n in (4, 2, 1) if shares[task] % n == 0)
-                    floats = "f32" if mode.packed else mode.k.name
                     kernel = _compiled(name, spec, floats, heads, mode.packed)
-                    if mode.packed:
-                        pairs = (self._key, "8", "8"), sides
-                        readers = tuple(_compiled("make_unpack", *p).address for p in pairs)
                 elif mode.packed:
-                    kernel = _compiled("make_packed_put", *sides)
+                    kernel = _compiled("make_packed_put", self._key)
                 else:
-                    kernel = _compiled(name, spec, mode.k.name)
-                words.append((kernel.address, *readers, _f64(mode.k.query_steps), mode.k.stages))
+                    kernel = _compiled(name, spec, floats)
+                words.append((kernel.address, *pages, _f64(mode.k.query_steps), mode.k.stages))
         return np.array(words)
 
     def describe(self) -> dict[str, object]:

@@ -32,7 +32,9 @@ SEED, REST_SEED = np.uint64(kv_modes.SIGN_SEED), np.uint64(kv_modes.REST_SEED)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2, _ONE = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(1)
 _BASE = (127 - kv_modes.E5M3_BIAS) << 3
-KEYS, PAGE_AT, TILES, OUT, K_DIM, V_DIM, UNPACK_WORDS = range(7)  # the words that `make_unpack` reads
+# Words that the kernels of one page read: of `make_unpack`, and of `make_pack`.
+KEYS, PAGE_AT, K_DIM, V_DIM, TILES, OUT, UNPACK_WORDS = range(7)
+VALUES, AT, PACK_WORDS = range(4, 7)
 
 
 @numba.njit
@@ -288,46 +290,54 @@ def make_unpack(key: str, k: str, v: str) -> Any:
     return kernel(unpack_page)
 
 
-def make_packed_put(key: str, k: str, v: str) -> Any:
-    """kv_put of head `index`, all rows: positions of a page share bytes."""
-    eight = BY_SIDE["8"]
-    k0, v0, at0 = _quantizer(eight, True), _quantizer(eight, False), _offsets(eight, eight)
-    k1, v1 = _quantizer(BY_SIDE[k], True), _quantizer(BY_SIDE[v], False)
-    at1 = _offsets(BY_SIDE[k], BY_SIDE[v])
+def make_pack(key: str, k: str, v: str) -> Any:
+    """Write rotated floats as position AT of head `index` of the page at PAGE_AT: a key at KEYS, a value at VALUES.
+
+    Behind each lie 32 floats that are written over, as the key is.
+    """
+    pack_key, pack_value = _quantizer(BY_SIDE[k], True), _quantizer(BY_SIDE[v], False)
+    offsets = _offsets(BY_SIDE[k], BY_SIDE[v])
     second = BY_SIDE[k].second
-    two, rest, put_signs = second is not None, _rest(BY_SIDE[k]), _quantizer(second or BY_SIDE["t1"], True)
+    two, rest, pack_signs = second is not None, _rest(BY_SIDE[k]), _quantizer(second or BY_SIDE["t1"], True)
+
+    def pack_position(a, h, _):
+        keyed(key)
+        k_dim, v_dim, at = a[K_DIM], a[V_DIM], a[AT]
+        k_scales, values, v_scales, sign_codes, sign_scales, size = offsets(k_dim, v_dim)
+        head = a[PAGE_AT] + h * size
+        y = f32_at(a[KEYS])
+        pack_key(y, k_dim, at, head, head + k_scales)
+        if two:
+            rest(y, k_dim, u8_at(head + k_scales)[at])
+            rotate(y, k_dim, REST_SEED)
+            pack_signs(y, k_dim, at, head + sign_codes, head + sign_scales)
+        pack_value(f32_at(a[VALUES]), v_dim, at, head + values, head + v_scales)
+
+    return kernel(pack_position)
+
+
+def make_packed_put(key: str) -> Any:
+    """kv_put of head `index`, all rows: positions of a page share bytes."""
 
     def kv_put(a, h, worker):
         keyed(key)
         k_dim, v_dim = a[w.K_DIM], a[w.V_DIM]
-        y = f32_at(a[w.SCRATCH] + worker * a[w.SCRATCH_SIZE] * 4)
+        wanted = a[w.SCRATCH] + worker * a[w.SCRATCH_SIZE] * 4
+        words, keys = i64_at(wanted), wanted + PACK_WORDS * 8
+        values = keys + (k_dim + 32) * 4
+        words[KEYS], words[VALUES], words[K_DIM], words[V_DIM] = keys, values, k_dim, v_dim
         for t in range(a[w.ROWS]):
             pages = i64_at(i64_at(a[w.KV])[i32_at(a[w.SESSIONS])[t]])
             position = numba.int64(i32_at(a[w.POSITIONS])[t])
-            page, at = pages[position // PAGE], position % PAGE
-            x = f32_at(a[w.X] + (t * a[w.X_STRIDE] + h * k_dim) * 4)
+            words[PAGE_AT], words[AT] = pages[position // PAGE], position % PAGE
+            x, y = f32_at(a[w.X] + (t * a[w.X_STRIDE] + h * k_dim) * 4), f32_at(keys)
             for c in range(k_dim):
                 y[c] = x[c]
             rotate(y, k_dim, SEED)
-            k_scales, values, v_scales, signs, sign_scales, size = at1(k_dim, v_dim)
-            if position < PAGE:
-                k_scales, values, v_scales, signs, sign_scales, size = at0(k_dim, v_dim)
-            head = page + h * size
-            if position < PAGE:
-                k0(y, k_dim, at, head, head + k_scales)
-            else:
-                k1(y, k_dim, at, head, head + k_scales)
-                if two:
-                    rest(y, k_dim, u8_at(head + k_scales)[at])
-                    rotate(y, k_dim, REST_SEED)
-                    put_signs(y, k_dim, at, head + signs, head + sign_scales)
-            x = f32_at(a[w.X2] + (t * a[w.X2_STRIDE] + h * v_dim) * 4)
+            x, y = f32_at(a[w.X2] + (t * a[w.X2_STRIDE] + h * v_dim) * 4), f32_at(values)
             for c in range(v_dim):
                 y[c] = x[c]
             rotate(y, v_dim, SEED)
-            if position < PAGE:
-                v0(y, v_dim, at, head + values, head + v_scales)
-            else:
-                v1(y, v_dim, at, head + values, head + v_scales)
+            call_kernel(a[w.FIRST_PAGE] if position < PAGE else a[w.OTHER_PAGES], wanted, h, 0)
 
     return kernel(kv_put)

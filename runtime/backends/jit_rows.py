@@ -303,7 +303,7 @@ def make_attend(spec: str, kind: str, heads: int, packed: bool) -> Any:
             used = (min(PAGE, n - j) + TILE - 1) // TILE
             if packed:
                 at = first + j // PAGE
-                reader = a[w.UNPACK] if at > 0 else a[w.UNPACK_FIRST]
+                reader = a[w.OTHER_PAGES] if at > 0 else a[w.FIRST_PAGE]
                 unpack(reader, a, wanted, True, pages[at], used, unpacked, h)
                 keys = unpacked
                 if own and at > 0:
@@ -336,7 +336,7 @@ def make_attend(spec: str, kind: str, heads: int, packed: bool) -> Any:
             block = pages[first + j // PAGE] + head + (PAGE * k_dim + skip * v_dim) * size
             if packed:
                 at, used = first + j // PAGE, (min(PAGE, n - j) + TILE - 1) // TILE
-                reader = a[w.UNPACK] if at > 0 else a[w.UNPACK_FIRST]
+                reader = a[w.OTHER_PAGES] if at > 0 else a[w.FIRST_PAGE]
                 unpack(reader, a, wanted, False, pages[at], used, unpacked_v, h)
                 block = unpacked_v + skip * v_dim * 4
             for s in range(0, share, heads):

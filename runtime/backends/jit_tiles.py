@@ -29,8 +29,8 @@ WEIGHT, SHIFT, DIM, EPS, COS, SIN, HALF, SCALE, CAP, IDS = range(30, 40)
 POSITIONS, SESSIONS, KV, SCRATCH_SIZE, KV_HEADS, K_DIM, V_DIM, WINDOW, SCRATCH, SCRATCH_ROW = range(40, 50)
 # Planes that some encodings have.
 HIGH, HIGH_PANEL, SUPERS, SUPERS_PANEL, SUPERMINS = range(50, 55)
-# Packed caches: the kernels that unpack the first page and the others, `Side.query_steps` and `Side.stages` of keys.
-UNPACK_FIRST, UNPACK, QUERY_STEPS, STAGES = range(55, 59)
+# Packed caches: the kernels that pack or unpack the first page and others, `query_steps` and `stages` of keys' side.
+FIRST_PAGE, OTHER_PAGES, QUERY_STEPS, STAGES = range(55, 59)
 WORDS = 64
 
 _AHEAD = 4096  # bytes

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from small_model import TEXT, fails, quiet, write_checkpoint
+from tiny import load_case
 
 import halfbyte
 from halfbyte.converter.allocate import parse_size
 from halfbyte.converter.allocation.evaluate import Sensitivity, divergence
+from halfbyte.converter.allocation.resume import Resumable
 from halfbyte.converter.allocation.solve import solve
 from halfbyte.converter.allocation.table import Measured
 from halfbyte.formats.container import File
@@ -95,6 +97,31 @@ def test_divergence_is_the_kl_of_softmaxes() -> None:
     parts = [(x[:3], x[3:]) for x in (p, q)]
     assert divergence(iter(parts[0]), iter(parts[1])) == pytest.approx(want, rel=1e-12)
     assert divergence([p], [p + 5.0]) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3-plain", "qwen2-window", "olmo2-plain"])
+def test_resuming_at_a_layer_changes_no_bit(name: str, tmp_path: Path) -> None:
+    """Whatever matrix is changed: the logits are those of the whole changed file. Few resume at the start."""
+    case = load_case(name)
+    case.write_folder(tmp_path / "c")
+    path = halfbyte.convert(tmp_path / "c", tmp_path / "m.hb", recipe="f32")
+    rng = np.random.default_rng(7)
+    sequences = [rng.integers(0, case.config["vocab_size"], n).tolist() for n in (70, 1, 33)]
+    whole, model = [x.copy() for x in Resumable(path, sequences).logits()], Resumable(path, sequences)
+    reached = []
+    for t in (t for t in File(path).tensors if t.tile == P16):
+        model.reach(t.name)
+        reached.append(model._at)
+        before = path.read_bytes()
+        changed = np.frombuffer(before[t.offset : t.offset + t.nbytes], "<f4") * np.float32(1.25)
+        path.write_bytes(before[: t.offset] + changed.tobytes() + before[t.offset + t.nbytes :])
+        want = list(Resumable(path, sequences).logits())
+        got = list(model.logits())
+        assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), t.name
+        assert not all(np.array_equal(a, b) for a, b in zip(got, whole, strict=True)), t.name
+        path.write_bytes(before)
+    assert len(set(reached)) >= case.config["num_hidden_layers"]
+    assert all(np.array_equal(a, b) for a, b in zip(model.logits(), whole, strict=True))
 
 
 def test_sizes() -> None:

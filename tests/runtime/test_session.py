@@ -48,8 +48,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", [*PACKED, "k8vt1", "tq3,0=k8v8,-1=k8v4", "tq3,0=kq4v8"])
 def test_packed_modes_keep_the_promises(small: Path, backend: str, mode: str, tmp_path: Path) -> None:
     """Chunks, threads, going back, branching and saving change no bit, over two pages."""
-    if backend == "reference" and mode not in ("k8v8", "tq3", "tq3-qjl", "tq3,0=k8v8,-1=k8v4"):
-        pytest.skip("the reference is slow, and treats every mode alike")
     model = halfbyte.load(small, backend=backend, kv=mode, threads=1)
     ids = prompt(model, 110)
     whole = model.session()
