@@ -16,6 +16,8 @@ function(halfbyte_isa_flags)
       set(flags -mavx2 -mfma -mf16c -mavx512f -mavx512vl -mavx512vnni -DHB_AVX512VLVNNI)
     elseif(source MATCHES "_x86_avx512vnni\\.c$")
       set(flags -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni)
+    elseif(source MATCHES "kv_put_arm_neon\\.c$")
+      set(flags -Os -DHB_NEON) # not where time goes
     elseif(source MATCHES "_arm_neon\\.c$")
       set(flags -DHB_NEON) # of the baseline
     elseif(source MATCHES "_arm_dotprod\\.c$")

@@ -26,7 +26,7 @@ MORE_ROWS = (33, 1)  # and of those beyond the first page, which packed modes st
 # integer dots differ by a few roundings; float sums of K terms by about sqrt(K) roundings.
 TOLERANCE = {"linear": 1e-5, "attend": 1e-5, "rmsnorm": 2e-6, "layernorm": 4e-6}
 ELEMENTWISE = 1e-6
-PACKED_ATTEND = 2.0**-6  # weights of a page may be rounded to 127 steps of the largest
+PACKED_ATTEND = 2.0**-6  # weights of a page may be rounded to 127 steps of the largest (SPEC.md section 10.5)
 BF16 = 2.0**-8  # results are rounded to bf16, and sums in another order may round the other way
 INTEGER_DOT = 2.0**-22  # exact sums: only the last rounding of an emulated fma can differ
 

@@ -177,7 +177,7 @@ static inline size_t hb_attend_scratch(uint32_t share, uint32_t kv_heads, uint32
     const size_t k_cols = (k_dim + 31u) / 32u * 32u;
     const size_t floats = n * (HB_PAGE + 2 * stride + k_dim) + 4 * (n + 16) + HB_PAGE * (stride + k_dim);
     const size_t packed =
-        2 * n * (2 * k_cols + HB_PAGE) + 11 * n * sizeof(float) + HB_PAGE * (k_cols + stride);
+        2 * n * (2 * k_cols + HB_PAGE) + 12 * n * sizeof(float) + HB_PAGE * (k_cols + stride);
     return floats * sizeof(float) + packed + 128; /* two parts start on a cache line */
 }
 

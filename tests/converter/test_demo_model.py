@@ -102,6 +102,14 @@ def test_the_file_runs_on_every_backend(backend: str) -> None:
     assert "".join(model.generate("Once upon a time", max_tokens=8, temperature=0.6, seed=1)).isascii()
 
 
+@pytest.mark.parametrize("mode", ["k4v4", "tq3-qjl"])
+def test_attention_to_few_positions_is_close_on_packed_caches(backend: str, mode: str) -> None:
+    """Unlike a random model's, its weights are of very different sizes, over which 127 steps are few: .03 to .05."""
+    found = lockstep(File(SHIPPED), backend, "i8g32", kv=mode, rows_of=(64, 64))
+    assert all(o.ok for o in found), found
+    assert next(o.worst for o in found if o.op == "attend") < 2.0**-7
+
+
 def test_the_file_is_closer_than_four_bits_without_training(untrained: dict[str, Path]) -> None:
     """KL divergence from the float model on text that it writes itself; the training's had other seeds."""
     parts = calibrate.own_sequences(untrained["f32"], 256, 16, seed=12345)
