@@ -42,7 +42,8 @@ class Resumable:
         # As narrow as behind the embedding: between layers.
         self._points = [i for i, n in enumerate(widths) if i == 0 or (own[i] and n <= widths[1])]
         self._at = 0
-        self._kept: dict[tuple[int, int], list[np.ndarray]] = {}  # by sequence and first token: of the live slots
+        # By sequence and first token: the values of the live slots.
+        self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def reach(self, matrix: str) -> None:
         """Put by what is live where the layer of a matrix starts. Up to there the file must be the float model's."""

@@ -157,7 +157,9 @@ def run(seconds: int, targets: list[str]) -> int:
     with ThreadPoolExecutor(len(targets)) as threads:
         for target, (status, used) in zip(targets, threads.map(lambda t: fuzz(t, seconds), targets)):
             text = (FOLDER / target / "log").read_text("utf-8", "replace")
-            runs = sum(int(line.split()[1]) for line in text.splitlines() if "number_of_executed_units" in line)
+            runs = sum(
+                int(line.split()[1]) for line in text.splitlines() if "number_of_executed_units" in line
+            )
             found = "clean" if status == 0 else f"FOUND SOMETHING\n{text[-4000:]}"
             print(f"{target}: {runs} runs in {used:.0f} s of processor time: {found}", flush=True)
             failed += status != 0
