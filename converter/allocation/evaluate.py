@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from halfbyte.converter.allocation.resume import Resumable
+from halfbyte.converter.allocation.rerun import Rerun
 from halfbyte.converter.allocation.table import Measured, matrices
 from halfbyte.converter.assemble import assemble_float
 from halfbyte.converter.blas import Products, spans
@@ -111,7 +111,7 @@ class Sensitivity:
         length = max(2, min(len(max(sequences, key=len)), tokens))
         few = np.unique(np.linspace(0, len(sequences) - 1, max(1, tokens // length)).astype(int))
         self.text = [list(sequences[i][:length]) for i in few]
-        self.model = Resumable(scratch.path, self.text)
+        self.model = Rerun(scratch.path, self.text)
         self.reference = list(self.model.logits())
         self.learns = method in ("gptq", "autoround")  # whose errors are about the same
         self.small = scratch.encoding == "f32"

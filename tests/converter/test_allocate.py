@@ -13,7 +13,7 @@ from tiny import load_case
 import halfbyte
 from halfbyte.converter.allocate import parse_size
 from halfbyte.converter.allocation.evaluate import Sensitivity, divergence
-from halfbyte.converter.allocation.resume import Resumable
+from halfbyte.converter.allocation.rerun import Rerun
 from halfbyte.converter.allocation.solve import solve
 from halfbyte.converter.allocation.table import Measured
 from halfbyte.formats.container import File
@@ -100,14 +100,14 @@ def test_divergence_is_the_kl_of_softmaxes() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3-plain", "qwen2-window", "olmo2-plain"])
-def test_resuming_at_a_layer_changes_no_bit(name: str, tmp_path: Path) -> None:
-    """Whatever matrix is changed: the logits are those of the whole changed file. Few resume at the start."""
+def test_running_from_a_layer_on_changes_no_bit(name: str, tmp_path: Path) -> None:
+    """Whatever matrix is changed: the logits are those of the whole changed file. Few start from the tokens."""
     case = load_case(name)
     case.write_folder(tmp_path / "c")
     path = halfbyte.convert(tmp_path / "c", tmp_path / "m.hb", recipe="f32")
     rng = np.random.default_rng(7)
     sequences = [rng.integers(0, case.config["vocab_size"], n).tolist() for n in (70, 1, 33)]
-    whole, model = [x.copy() for x in Resumable(path, sequences).logits()], Resumable(path, sequences)
+    whole, model = [x.copy() for x in Rerun(path, sequences).logits()], Rerun(path, sequences)
     reached = []
     for t in (t for t in File(path).tensors if t.tile == P16):
         model.reach(t.name)
@@ -115,7 +115,7 @@ def test_resuming_at_a_layer_changes_no_bit(name: str, tmp_path: Path) -> None:
         before = path.read_bytes()
         changed = np.frombuffer(before[t.offset : t.offset + t.nbytes], "<f4") * np.float32(1.25)
         path.write_bytes(before[: t.offset] + changed.tobytes() + before[t.offset + t.nbytes :])
-        want = list(Resumable(path, sequences).logits())
+        want = list(Rerun(path, sequences).logits())
         got = list(model.logits())
         assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), t.name
         assert not all(np.array_equal(a, b) for a, b in zip(got, whole, strict=True)), t.name

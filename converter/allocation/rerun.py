@@ -14,7 +14,7 @@ from halfbyte.formats.container import File
 PUT, ATTEND = (ops.BY_NAME[name].code for name in ("kv_put", "attend"))
 
 
-class Resumable:
+class Rerun:
     """Sequences of token ids through a file under policy f32. The file may change behind the point that was reached.
 
     Between the layers little is live: float32[tokens, hidden] is held, of all sequences. What is computed does not
