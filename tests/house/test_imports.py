@@ -12,12 +12,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOMS = ("formats", "devices", "runtime", "converter")
-FRONT_DOOR_FROM = (
-    "calibrate",
-    "evaluate",
-    "own_text",
-    "rerun",
-)  # modules of the converter that may run a model
+# Modules of the converter that may run a model.
+FRONT_DOOR_FROM = ("calibrate", "evaluate", "own_text", "rerun")
 
 # What each room may import of ours, besides itself.
 ALLOWED = {
